@@ -1,0 +1,252 @@
+"""Every knob of a run, as frozen dataclasses.
+
+A config file is Python that binds `config` to a `RunConfig`; the command line overrides single
+fields (`r1mega run FILE section.field=value`, see overrides.py). This module imports only the
+standard library, so that a config can be read, printed and checked anywhere.
+
+Departures from the R1 paper are named at the field. `[open]` marks what the paper leaves open and
+this project chose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Schedule = tuple[tuple[int, int], ...]
+"""Piecewise-constant value over steps: ((first_step, value), ...), first_step ascending from 0."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
+    tokenizer: str = ""
+    """Tokenizer directory; empty means `path`."""
+    init: str = "checkpoint"
+    """"checkpoint": read the safetensors in `path`; "random": draw weights from config.json's initializer_range."""
+    dtype: str = "bfloat16"
+    """Trainer parameters and activations: "float32" | "bfloat16" (optimizer state is always fp32)."""
+    mtp_loss_weight: float = 0.0
+    """Weight of the multi-token-prediction loss (V3 eq. 24-25); 0 leaves the MTP layer as it was. [open] in RL."""
+    router_bias_rate: float = 0.0
+    """gamma of the aux-loss-free bias update, per optimizer step; 0 freezes the bias. [open] in RL."""
+    balance_loss: float = 0.0
+    """alpha of the sequence-wise balance loss (V3 eq. 17-20)."""
+    recompute: str = "none"
+    """Activation recomputation: "none" | "selective" (norms, MLA up-projections) | "full"."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """jsonl, json or parquet file of questions and answers, or "generated:chain"."""
+    eval_path: str = ""
+    """Held-out file; empty takes `eval_size` rows off the end of `path` (never trained on)."""
+    question_field: str = ""
+    """Column of the question; empty tries the known formats (GSM8K, MATH, prompt/completion)."""
+    answer_field: str = ""
+    template: str = "r1_zero"
+    """Key of data/chat.py's TEMPLATES."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    eval_size: int = 256
+    operations: int = 4
+    """generated:chain only: operations in one problem."""
+    size: int = 20000
+    """generated:* only: number of training problems or documents."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    context: int = 1
+    data: int = 1
+    """Data-parallel replicas; world size = tensor * pipeline * context * data (expert divides it)."""
+    sequence_parallel: bool = True
+    """Split norms' activations over the tensor axis (only where tensor > 1)."""
+    distributed_optimizer: bool = False
+    """ZeRO-1: optimizer state sharded over the data axis."""
+    tokens_per_chunk: int = 8192
+    """Capacity of one packed micro-batch, in tokens."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 3e-6
+    min_lr: float = 0.0
+    schedule: str = "constant"
+    """"constant" | "cosine" (lr -> min_lr over the run), after a linear warm-up."""
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Global gradient-norm limit. [open] for R1; V3 pre-training used 1.0."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engines: int = 1
+    """Independent vLLM engines; prompts are shared evenly."""
+    tensor_parallel: int = 1
+    """GPUs (or CPU worker processes) per engine."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: Schedule = ((0, 1024),)
+    """Response-length limit by step; the command line takes a plain number too."""
+    dtype: str = "bfloat16"
+    kv_cache_gib: float = 0.0
+    """KV cache per engine; 0 lets vLLM measure (GPU) or takes 1 GiB (CPU)."""
+    gpu_memory: float = 0.85
+    """Share of GPU memory vLLM may use when kv_cache_gib is 0."""
+    max_concurrent: int = 256
+    """Sequences decoded at once in one engine (vLLM max_num_seqs)."""
+    speculative_tokens: int = 0
+    """MTP self-speculative decoding: drafted tokens (needs a model with an MTP layer)."""
+    eager: bool = False
+    """Skip graph capture and compilation (always on for CPU)."""
+    seeded: bool = True
+    """One seed per sample, a function of (run seed, step, question, index): reruns repeat, at a small cost."""
+    timeout_seconds: float = 3600.0
+    """An engine that finishes nothing for this long ends the run, by name."""
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    bucket_mib: int = 512
+    """Weights travel in buckets of at most this size (a larger tensor travels alone)."""
+    timeout_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimisation (DeepSeekMath eq. 3; R1 eq. 1-3)."""
+
+    group_size: int = 16
+    """G: outputs per question."""
+    questions_per_step: int = 32
+    """Questions per policy update."""
+    mini_batches: int = 1
+    """Policy updates per rollout: a rollout has questions_per_step * mini_batches questions."""
+    split: str = "output"
+    """How a rollout becomes mini-batches: "output" (random, as the paper says; tears groups apart) | "group". [open]"""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """Ratio is clipped to [1 - clip_low, 1 + clip_high]. [open] for R1-Zero; Dev-2 prints epsilon = 10."""
+    kl_coef: float = 0.001
+    """beta of the k3 KL term in the loss; 0 drops the reference model."""
+    reference_every: int = 400
+    """The reference becomes the current policy every N steps; 0 keeps the first one."""
+    aggregation: str = "sequence_mean"
+    """"sequence_mean" (1/G sum_i 1/|o_i| sum_t) | "token_mean" (DAPO) | "fixed_length" (Dr. GRPO: divide by max_tokens)."""
+    ratio: str = "token"
+    """"token" | "sequence" (GSPO: one length-normalised ratio per output)."""
+    scale_by_std: bool = True
+    """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
+    std_ddof: int = 0
+    """0: population, 1: sample standard deviation of a group. [open]"""
+    std_epsilon: float = 1e-6
+    """Added to the standard deviation. [open]"""
+    importance_cap: float = 0.0
+    """Truncated importance sampling: weight tokens by min(pi_old / pi_rollout, cap); 0 is off."""
+    mask_truncated: bool = False
+    """Leave outputs cut at max_tokens out of the loss. [open]"""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    accuracy: float = 1.0
+    """Weight of the accuracy term (R1-Zero: equal weights)."""
+    format: float = 1.0
+    workers: int = 2
+    """Killable scoring processes."""
+    cpu_seconds: float = 5.0
+    """CPU-time limit of one answer comparison; over it the verdict is "timeout"."""
+    memory_mib: int = 2048
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    batch_size: int = 128
+    """Sequences per optimizer step."""
+    max_length: int = 32768
+    """Longer sequences are dropped and counted, never cut."""
+    num_epochs: int = 2
+    loss_on: str = "response"
+    """"response" | "all" tokens."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Checkpoints kept; the newest complete one resumes the run."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations; before and after are always measured. 0: only those two."""
+    max_tokens: int = 0
+    """Response limit in evaluations; 0 takes the rollout's."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Bounds beyond which a run stops with the gate's name (design: gates are on by default)."""
+
+    logprob_mean: float = 0.02
+    """Mean |engine - trainer| log-prob per sampled token. fp32 on one machine shows 1e-6; bf16 about 3e-3."""
+    logprob_max: float = 2.0
+    ratio: float = 1e-3
+    """|ratio - 1| of the first update after a rollout."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    stage: str = "rl"
+    """"rl" | "sft"."""
+    dir: str = ""
+    """Run directory; empty means runs/<config file's folder>/<its name>."""
+    seed: int = 1
+    platform: str = "auto"
+    """"auto" | "cuda" | "cpu"."""
+    num_steps: int = 0
+    """Policy updates (rl) or optimizer steps (sft; 0 there means num_epochs)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
+
+    @property
+    def questions_per_rollout(self) -> int:
+        return self.grpo.questions_per_step * self.grpo.mini_batches
+
+    @property
+    def outputs_per_rollout(self) -> int:
+        return self.questions_per_rollout * self.grpo.group_size
+
+    @property
+    def world_size(self) -> int:
+        """Trainer processes."""
+        p = self.parallel
+        return p.tensor * p.pipeline * p.context * p.data
+
+
+def value_at(schedule: Schedule, step: int) -> int:
+    """The schedule's value in force at `step` (the last entry whose first_step <= step)."""
+    return [value for first, value in schedule if first <= step][-1]
