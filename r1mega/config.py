@@ -16,6 +16,10 @@ Schedule = tuple[tuple[int, int], ...]
 """Piecewise-constant value over steps: ((first_step, value), ...), first_step ascending from 0."""
 
 
+class ConfigError(ValueError):
+    """A user's mistake in a setting: what, where and how to mend it, in one line."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""
@@ -245,6 +249,16 @@ class RunConfig:
         """Trainer processes."""
         p = self.parallel
         return p.tensor * p.pipeline * p.context * p.data
+
+    def data_rank(self, rank: int) -> int:
+        """Data-parallel index of trainer rank `rank` (Megatron's order: tensor fastest, then context, data, pipeline)."""
+        p = self.parallel
+        return rank // (p.tensor * p.context) % p.data
+
+    @property
+    def token_alignment(self) -> int:
+        """Packed micro-batches are padded to this multiple, so that sequence parallelism can split them."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
 
 def value_at(schedule: Schedule, step: int) -> int:

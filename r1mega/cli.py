@@ -1,0 +1,129 @@
+"""The command line: `r1mega run | report | bench`.
+
+Exit codes: 0 done; 2 the user's mistake (one line on stderr: what, where, how to mend it); 1 a fault of
+ours or the machine's (one line, and the traceback in the run directory); 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1mega import checks, overrides
+from r1mega.config import RunConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _as_keyboard_interrupt)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("r1mega: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        print(f"r1mega: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="r1mega", description="The DeepSeek-R1 training system.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="one stage: reinforcement learning or supervised fine-tuning",
+        description="Run the stage that CONFIG describes; the same command again continues an interrupted run.",
+        epilog="example: r1mega run configs/gsm8k/r1_zero.py model=PATH data=PATH grpo.group_size=8",
+    )
+    run.add_argument("config", metavar="CONFIG", help="a Python file that binds `config` to a RunConfig")
+    run.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's"
+    )
+    run.add_argument("--show", action="store_true", help="print the resolved run, check it and stop")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="one self-contained HTML page about a run")
+    report.add_argument("run", metavar="RUN", help="a run directory")
+    report.set_defaults(command=_report)
+
+    bench = commands.add_parser("bench", help="measure the system on this machine")
+    bench.add_argument("what", choices=["step", "packing", "linear_logprob", "all"])
+    bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = overrides.load(options.config, options.overrides)
+    if options.show:
+        print(overrides.describe(config))
+    checks.check(config)
+    if options.show:
+        return 0
+    return _run_stage(config, run_directory(config, options.config))
+
+
+def run_directory(config: RunConfig, config_file: str) -> Path:
+    """`config.dir`, or runs/<folder of the config file>/<its name>."""
+    file = Path(config_file).resolve()
+    return Path(config.dir) if config.dir else Path("runs") / file.parent.name / file.stem
+
+
+def _run_stage(config: RunConfig, path: Path) -> int:
+    from r1mega.stages import rl, sft
+    from r1mega.stages.console import Console
+    from r1mega.stages.run_directory import RunDirectory
+
+    stages = {"rl": rl.run, "sft": sft.run}
+    console = Console()
+    with RunDirectory(path, config) as directory:
+        results = directory.results()
+        if results.get("finished") and results["steps"] >= config.num_steps:
+            console.note(
+                f"{path} is finished ({results['steps']} steps); to run it again, remove it or choose dir=PATH"
+            )
+            return 0
+        console.note(f"run directory {path}")
+        try:
+            stages[config.stage](config, directory, console)
+        except (KeyboardInterrupt, ValueError, FileNotFoundError):
+            raise
+        except Exception as error:
+            (path / "error.log").write_text(traceback.format_exc())
+            print(
+                f"r1mega: {type(error).__name__}: {_one_line(error)} (details: {path / 'error.log'})",
+                file=sys.stderr,
+            )
+            return 1
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from r1mega.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from r1mega import bench
+
+    bench.run(options.what, options.json)
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _as_keyboard_interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""Reads questions with reference answers for RL, and documents for SFT.
+
+Sources: jsonl, json (a list, or lines), either gzipped, parquet, and the generated toy task
+("generated:chain", "generated:chain-base"). GSM8K's and MATH's own columns are found by themselves.
+
+Held-out questions are never trained on: they are the rows of `data.eval_path`, or the last `eval_size`
+rows of `data.path`, and a training row that repeats a held-out question is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1mega.config import DataConfig
+from r1mega.data.chain import base_documents, chain_problems
+from r1mega.data.chat import template
+from r1mega.rewards.math_answer import boxed
+from r1mega.samples import Prompt
+
+QUESTION_ANSWER = (("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("prompt", "answer"))
+"""Columns tried in this order for questions with reference answers: GSM8K, MATH, MATH with solutions only."""
+
+PROMPT_COMPLETION = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "response"),
+    ("problem", "solution"),
+    ("question", "answer"),
+)
+"""Columns tried in this order for SFT documents."""
+
+GENERATED = ("generated:chain", "generated:chain-base")
+ROWS_PER_TOKENIZER_CALL = 4096
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    train: list[Prompt]
+    heldout: list[Prompt]
+    """Shares no question with `train`."""
+    dropped: int
+    """Prompts of both sides longer than data.max_prompt_tokens."""
+    duplicates: int
+    """Training rows that repeat a held-out question."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One SFT sequence of n tokens, end-of-sequence token included."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    """[n]: 1 where this token is trained on (0 for the first token: nothing predicts it)."""
+
+
+@dataclass(frozen=True)
+class DocumentSet:
+    train: list[Document]
+    dropped: int
+    """Documents longer than max_length."""
+
+
+@dataclass(frozen=True)
+class Row:
+    where: str
+    """File and line (or row), for messages."""
+    index: int
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class QuestionAnswer:
+    id: str
+    question: str
+    answer: str
+
+
+class PromptStream:
+    """Endless epochs over the prompts, each a fresh permutation and each prompt exactly once in it.
+
+    The order is a function of (seed, epoch) alone, so `position` is all there is to remember.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, position: int = 0) -> None:
+        if not prompts:
+            raise ValueError("no prompts to draw from")
+        self.prompts = prompts
+        self.seed = seed
+        self.position = position
+        """Prompts taken since the start."""
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next n prompts; moves the position."""
+        taken = []
+        for _ in range(n):
+            epoch, within = divmod(self.position, len(self.prompts))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, self._permutation(epoch)
+            taken.append(self.prompts[self._order[within]])
+            self.position += 1
+        return taken
+
+    def at(self, position: int) -> PromptStream:
+        """The same stream elsewhere."""
+        return PromptStream(self.prompts, self.seed, position)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; plain JSON."""
+        return {
+            "position": self.position,
+            "seed": self.seed,
+            "prompts": len(self.prompts),
+            "fingerprint": fingerprint(self.prompts),
+        }
+
+    def restore(self, state: dict[str, Any]) -> PromptStream:
+        """The stream where `state` was taken; ValueError when the prompts or the seed are not the same."""
+        for name, value in self.state().items():
+            if name != "position" and state[name] != value:
+                raise ValueError(
+                    f"the checkpoint's prompt order has {name}={state[name]}, this run {value}: "
+                    "the data or the seed changed; start a new run directory"
+                )
+        return self.at(state["position"])
+
+    def _permutation(self, epoch: int) -> list[int]:
+        order = list(range(len(self.prompts)))
+        random.Random(f"prompt order {self.seed} {epoch}").shuffle(order)
+        return order
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Hash of the prompts' ids and texts, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.id}\0{prompt.text}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def read_prompts(data: DataConfig, tokenizer: Any, *, seed: int) -> PromptSet:
+    """Reads, splits, puts into the template and tokenises the questions of `data`.
+
+    `tokenizer` is a Hugging Face tokenizer. `seed` matters to generated data only: files keep their
+    order (PromptStream shuffles). With `data.eval_path`, at most `eval_size` of its rows are taken
+    (0: all).
+    Raises ValueError or FileNotFoundError, each saying what, where and how to mend it.
+    """
+    to_text = template(data.template)
+    if data.path == "generated:chain":
+        train, heldout = _generated_chain(data, seed)
+    else:
+        train, heldout = _split(data)
+    heldout_questions = {_squeezed(qa.question) for qa in heldout}
+    kept = [qa for qa in train if _squeezed(qa.question) not in heldout_questions]
+    train_prompts = _tokenised(kept, to_text, tokenizer, data.max_prompt_tokens)
+    heldout_prompts = _tokenised(heldout, to_text, tokenizer, data.max_prompt_tokens)
+    if not train_prompts:
+        raise ValueError(
+            f"{data.path}: none of {len(train)} training prompts is left ({len(train) - len(kept)} repeat held-out "
+            f"questions, {len(kept)} are longer than data.max_prompt_tokens={data.max_prompt_tokens})"
+        )
+    return PromptSet(
+        train=train_prompts,
+        heldout=heldout_prompts,
+        dropped=len(kept) + len(heldout) - len(train_prompts) - len(heldout_prompts),
+        duplicates=len(train) - len(kept),
+    )
+
+
+def read_documents(
+    data: DataConfig, tokenizer: Any, *, seed: int, loss_on: str = "response", max_length: int = 0
+) -> DocumentSet:
+    """Reads SFT documents: the question in its template, then the completion and the end-of-sequence token.
+
+    Prompt and completion are tokenised apart, so that the prompt's tokens are those the engine will read.
+    loss_on: "response" trains on the completion (and all of a document without a question), "all" on
+    everything. Documents of more than `max_length` tokens are dropped and counted (0: no limit).
+    """
+    if loss_on not in ("response", "all"):
+        raise ValueError(f'sft.loss_on="{loss_on}" is neither "response" nor "all"')
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    to_text = template(data.template)
+    pairs = _document_pairs(data, seed)
+    heads = _encode([to_text(q) if q else "" for q, _ in pairs], tokenizer, add_special_tokens=True)
+    tails = _encode([text for _, text in pairs], tokenizer, add_special_tokens=False)
+    documents = []
+    for head, tail in zip(heads, tails, strict=True):
+        ids = (*head, *tail, eos)
+        mask = [0 if loss_on == "response" else 1] * len(head) + [1] * (len(tail) + 1)
+        mask[0] = 0
+        if not max_length or len(ids) <= max_length:
+            documents.append(Document(ids, tuple(mask)))
+    if not documents:
+        raise ValueError(f"{data.path}: all {len(pairs)} documents are longer than sft.max_length={max_length}")
+    return DocumentSet(documents, dropped=len(pairs) - len(documents))
+
+
+def final_answer(text: str, where: str, column: str) -> str:
+    """The reference answer in a data file's answer text.
+
+    GSM8K: what follows the last "####"; MATH: the last \\boxed{...}; else the text itself, which a column
+    named "solution" may not be. ValueError when there is none.
+    """
+    if "####" in text:
+        answer = text.rsplit("####", 1)[1].strip()
+    elif "\\boxed" in text or "\\fbox" in text:
+        answer = (boxed(text) or "").strip()
+    elif column == "solution":
+        answer = ""
+    else:
+        answer = text.strip()
+    if not answer:
+        raise ValueError(
+            f"{where}: no final answer in column {column!r}: {text[-60:]!r}; it must end in '#### answer', hold "
+            "\\boxed{answer} or be the answer; set data.answer_field= to another column or remove the row"
+        )
+    return answer
+
+
+def read_rows(path: str, name: str = "data.path") -> list[Row]:
+    """All rows of a jsonl, json or parquet file (gzip allowed for the first two); `name` is the config field."""
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{name}={path}: no such file")
+    suffixes = [s.lower() for s in file.suffixes[-2:] if s]
+    if file.is_dir() or not suffixes or suffixes[-1] not in (".jsonl", ".ndjson", ".json", ".gz", ".parquet"):
+        raise ValueError(f"{name}={path}: not a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file")
+    rows = list(_parquet_rows(file) if suffixes[-1] == ".parquet" else _json_rows(file))
+    if not rows:
+        raise ValueError(f"{name}={path}: the file has no rows")
+    return rows
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    try:
+        raw = file.read_bytes()
+        text = (gzip.decompress(raw) if file.suffix.lower() == ".gz" else raw).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+        for index, item in enumerate(items):
+            yield _row(f"{file} row {index + 1}", index, item)
+        return
+    index = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+            yield _row(f"{file}:{number}", index, item)
+            index += 1
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a parquet file: {error}") from error
+    for index, item in enumerate(table.to_pylist()):
+        yield _row(f"{file} row {index + 1}", index, item)
+
+
+def _row(where: str, index: int, item: Any) -> Row:
+    if not isinstance(item, dict):
+        raise ValueError(f"{where}: {type(item).__name__} instead of an object with named columns")
+    return Row(where, index, item)
+
+
+def _fields(rows: list[Row], data: DataConfig, known: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """The two column names: those the config names, else the first known pair that the first row has."""
+    columns = rows[0].columns
+    if data.question_field and data.answer_field:
+        return data.question_field, data.answer_field
+    for question, answer in known:
+        question, answer = data.question_field or question, data.answer_field or answer
+        if question in columns and answer in columns:
+            return question, answer
+    tried = ", ".join(f"{question}+{answer}" for question, answer in known)
+    raise ValueError(
+        f"{rows[0].where}: columns are {', '.join(map(str, columns)) or 'none'}; known pairs are {tried}; "
+        "set data.question_field= and data.answer_field="
+    )
+
+
+def _text(row: Row, column: str, setting: str) -> str:
+    if column not in row.columns:
+        raise ValueError(
+            f"{row.where}: no column {column!r}; columns are {', '.join(map(str, row.columns))}; set {setting}="
+        )
+    value = row.columns[column]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{row.where}: column {column!r} is {value!r}, not a text; mend or remove the row")
+    return value
+
+
+def _question_answers(path: str, data: DataConfig, name: str) -> list[QuestionAnswer]:
+    rows = read_rows(path, name)
+    question, answer = _fields(rows, data, QUESTION_ANSWER)
+    return [
+        QuestionAnswer(
+            id=f"{Path(path).name}:{row.index}",
+            question=_text(row, question, "data.question_field"),
+            answer=final_answer(_text(row, answer, "data.answer_field"), row.where, answer),
+        )
+        for row in rows
+    ]
+
+
+def _split(data: DataConfig) -> tuple[list[QuestionAnswer], list[QuestionAnswer]]:
+    if data.path.startswith("generated:"):
+        raise ValueError(f"data.path={data.path} gives no prompts; the generated prompts are generated:chain")
+    if not data.path:
+        raise ValueError("data.path is empty: name a jsonl, json or parquet file, or generated:chain")
+    if data.eval_size < 0:
+        raise ValueError(f"data.eval_size={data.eval_size} is negative")
+    train = _question_answers(data.path, data, "data.path")
+    if data.eval_path:
+        heldout = _question_answers(data.eval_path, data, "data.eval_path")
+        return train, heldout[: data.eval_size or None]
+    if data.eval_size >= len(train):
+        raise ValueError(
+            f"{data.path}: data.eval_size={data.eval_size} leaves nothing of {len(train)} rows to train on; "
+            "lower it or set data.eval_path="
+        )
+    border = len(train) - data.eval_size
+    return train[:border], train[border:]
+
+
+def _generated_chain(data: DataConfig, seed: int) -> tuple[list[QuestionAnswer], list[QuestionAnswer]]:
+    sides = []
+    for count, heldout in ((data.size, False), (data.eval_size, True)):
+        problems = chain_problems(count, data.operations, seed=seed, heldout=heldout)
+        sides.append([QuestionAnswer(f"chain:{p.question}", p.question, p.answer) for p in problems])
+    return sides[0], sides[1]
+
+
+def _document_pairs(data: DataConfig, seed: int) -> list[tuple[str, str]]:
+    if data.path == "generated:chain-base":
+        return base_documents(data.size, data.operations, seed=seed)
+    if data.path.startswith("generated:"):
+        raise ValueError(f"data.path={data.path} gives no documents; the generated documents are generated:chain-base")
+    if not data.path:
+        raise ValueError("data.path is empty: name a jsonl, json or parquet file, or generated:chain-base")
+    rows = read_rows(data.path)
+    prompt, completion = _fields(rows, data, PROMPT_COMPLETION)
+    return [
+        (_text(row, prompt, "data.question_field"), _text(row, completion, "data.answer_field")) for row in rows
+    ]
+
+
+def _tokenised(
+    items: list[QuestionAnswer], to_text: Callable[[str], str], tokenizer: Any, limit: int
+) -> list[Prompt]:
+    texts = [to_text(item.question) for item in items]
+    encoded = _encode(texts, tokenizer, add_special_tokens=True)
+    return [
+        Prompt(item.id, item.question, item.answer, "math", text, ids)
+        for item, text, ids in zip(items, texts, encoded, strict=True)
+        if len(ids) <= limit
+    ]
+
+
+def _encode(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> list[tuple[int, ...]]:
+    encoded: list[tuple[int, ...]] = []
+    for first in range(0, len(texts), ROWS_PER_TOKENIZER_CALL):
+        block = texts[first : first + ROWS_PER_TOKENIZER_CALL]
+        ids = tokenizer(block, add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+        encoded += [tuple(row) for row in ids]
+    return encoded
+
+
+def _squeezed(question: str) -> str:
+    return " ".join(question.split())

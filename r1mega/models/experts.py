@@ -1,0 +1,108 @@
+"""Routed experts as two stacked weights and grouped matrix products, and the gate that routes to them.
+
+The gate is V3's (eq. 12-16): sigmoid scores; groups chosen by the sum of their two largest biased scores;
+experts chosen among those groups by biased score; weights are the unbiased scores. Megatron sums the
+largest top-k / group-k scores of a group, which is V3's rule only where that quotient is two, and always
+normalises the weights.
+
+Dims: T tokens (of this process), E experts (here), N token-expert pairs, D hidden, I expert hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts of one process. Checkpoints are interchangeable with Megatron's SequentialMLP.
+
+    Its weights are marked `allreduce=False`: experts have a data axis of their own, also where the expert
+    axis has one rank (Megatron then takes them for dense parameters and, with a tensor axis, silently leaves
+    their gradients unreduced).
+    """
+
+    def __init__(self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None) -> None:
+        super().__init__(config=config)
+        self.expert_group, self.expert_data_group = pg_collection.ep, pg_collection.expt_dp
+        self.expert_tensor_group = pg_collection.expt_tp
+        hidden = config.moe_ffn_hidden_size // self.expert_tensor_group.size()
+        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.gate_up_EID = torch.nn.Parameter(torch.empty(num_local_experts, 2 * hidden, config.hidden_size, **options))
+        self.down_EDI = torch.nn.Parameter(torch.empty(num_local_experts, config.hidden_size, hidden, **options))
+        for weight, dim in ((self.gate_up_EID, 1), (self.down_EDI, 2)):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+            weight.allreduce = False  # type: ignore[attr-defined]
+
+    def forward(self, tokens_ND: Tensor, tokens_per_expert_E: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
+        """tokens_ND sorted by expert. The result is this expert_tensor rank's share of a sum."""
+        if tokens_ND.shape[0] == 0:  # keeps every weight in the graph: a gradient of zero, not a missing one
+            return tokens_ND + 0.0 * (self.gate_up_EID.sum() + self.down_EDI.sum()), None
+        offsets_E = tokens_per_expert_E.to(tokens_ND.device).cumsum(0).to(torch.int32)
+        gate_NI, up_NI = torch._grouped_mm(tokens_ND, self.gate_up_EID.mT, offs=offsets_E).chunk(2, dim=-1)
+        hidden_NI = F.silu(gate_NI) * up_NI * probs_N[:, None].to(tokens_ND.dtype)
+        return torch._grouped_mm(hidden_NI, self.down_EDI.mT, offs=offsets_E), None
+
+    def backward_dw(self) -> None:
+        """Megatron's hook for delayed weight gradients; there are none here."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        assert self.expert_tensor_group.size() == 1, "checkpoints of divided experts are not supported"
+        axis = len(sharded_offsets)
+        place = (axis, self.expert_group.rank(), self.expert_group.size())
+
+        def sharded(key: str, weight: Tensor) -> ShardedTensor:
+            return ShardedTensor.from_rank_offsets(
+                f"{prefix}experts.{key}.weight",
+                weight,
+                *sharded_offsets,
+                place,
+                replica_id=(0, 0, self.expert_data_group.rank()),
+                prepend_axis_num=axis,
+            )
+
+        return {
+            f"{prefix}gate_up_EID": sharded("linear_fc1", self.gate_up_EID),
+            f"{prefix}down_EDI": sharded("linear_fc2", self.down_EDI),
+        }
+
+
+class GroupLimitedRouter(TopKRouter):
+    """V3's gate. `config.norm_topk_prob`: whether the chosen weights are divided by their sum."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [T, 1, experts] -> (weights [T, experts], zero where not chosen; chosen, bool [T, experts])."""
+        config = self.config
+        score_TE = logits.view(-1, config.num_moe_experts).float().sigmoid()
+        with torch.no_grad():
+            biased_TE = score_TE + self.expert_bias
+            if config.moe_router_num_groups:
+                biased_TE = _keep_best_groups(biased_TE, config.moe_router_num_groups, config.moe_router_group_topk)
+            chosen_TK = biased_TE.topk(self.topk, dim=-1, sorted=False).indices
+        weight_TK = score_TE.gather(1, chosen_TK)
+        if config.norm_topk_prob:
+            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        if config.moe_router_topk_scaling_factor:
+            weight_TK = weight_TK * config.moe_router_topk_scaling_factor
+        weight_TE = torch.zeros_like(score_TE).scatter(1, chosen_TK, weight_TK)
+        chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+        self._apply_expert_bias(chosen_TE)  # counts the load, for the bias update
+        return weight_TE, chosen_TE
+
+
+def _keep_best_groups(biased_TE: Tensor, num_groups: int, kept: int) -> Tensor:
+    """-inf outside the `kept` groups of largest sum of their two largest scores."""
+    grouped_TGE = biased_TE.unflatten(1, (num_groups, -1))
+    group_score_TG = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(dim=-1)
+    kept_TK = group_score_TG.topk(kept, dim=-1, sorted=False).indices
+    dropped_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, kept_TK, False)
+    return grouped_TGE.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)

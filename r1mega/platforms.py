@@ -1,0 +1,420 @@
+"""CUDA and CPU: the only place that names a device or a backend, and that adapts Megatron-core.
+
+Everyone else receives a `Platform` and asks it. `prepare_megatron()` comes before the first import of
+megatron.core. On CPU, Megatron-core runs through its own code: torch.cuda answers for the CPU, and a few
+Megatron symbols that need Transformer Engine, Apex or a GPU are replaced. On CUDA only the replacements
+that correct numbers stay. Every patch says why it is there; line numbers are megatron-core 0.16.1's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import resource
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class Platform:
+    name: str
+    """"cpu" | "cuda"."""
+    device: str
+    """torch's device type."""
+    collectives: str
+    """torch.distributed's backend."""
+
+    def device_of(self, local_rank: int) -> torch.device:
+        """The device of the `local_rank`-th process of this machine."""
+        return torch.device(self.device, local_rank) if self.name == "cuda" else torch.device(self.device)
+
+    def set_threads(self, num_threads: int) -> None:
+        """Bound the threads of one operation."""
+        torch.set_num_threads(num_threads)
+
+    def prepare_megatron(self) -> None:
+        """Make megatron-core importable and correct here; calling it again does nothing."""
+        _prepare_megatron(self.name)
+
+    def init_process_group(
+        self, rank: int, world_size: int, master_addr: str, master_port: int, timeout_seconds: float = 600.0
+    ) -> None:
+        """Join the default process group; a collective that waits longer than the timeout fails."""
+        dist.init_process_group(
+            self.collectives,
+            init_method=f"tcp://{master_addr}:{master_port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+
+    def peak_memory_bytes(self) -> int:
+        """Peak device memory of this process (CPU: its peak resident set)."""
+        if self.name == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def synchronize(self) -> None:
+        """Wait for the device; a CPU never lags."""
+        if self.name == "cuda":
+            torch.cuda.synchronize()
+
+
+CPU = Platform(name="cpu", device="cpu", collectives="gloo")
+CUDA = Platform(name="cuda", device="cuda", collectives="nccl")
+
+
+def detect(name: str = "auto") -> Platform:
+    """The platform called `name`; "auto" takes CUDA where a GPU answers.
+
+    Raises ValueError for an unknown name, and for "cuda" on a machine without a GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'platform={name!r} is unknown: take "auto", "cpu" or "cuda"')
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError('platform="cuda", but torch sees no GPU here: take platform="cpu" or "auto"')
+    return CUDA if name == "cuda" or (name == "auto" and has_gpu) else CPU
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron-core will find Transformer Engine."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """A linear layer whole on every tensor rank: MLA's down-projections, where Transformer Engine is missing.
+
+    Its weight is marked `sequence_parallel`: each tensor rank sees its own slice of the tokens, so Megatron
+    sums the gradients over the tensor axis.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Callable,
+        bias: bool = False,
+        parallel_mode: str = "duplicated",
+        **_megatron_only: Any,
+    ) -> None:
+        super().__init__()
+        assert not bias and parallel_mode == "duplicated"
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        if config.perform_initialization:
+            init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        return torch.nn.functional.linear(hidden, self.weight), None
+
+
+_prepared: str | None = None
+
+
+def _prepare_megatron(name: str) -> None:
+    global _prepared
+    if _prepared is not None:
+        assert _prepared == name, f"megatron-core is already prepared for {_prepared}, not {name}"
+        return
+    _prepared = name
+    warnings.filterwarnings("ignore", module=r"megatron\..*")  # Apex and Transformer Engine are optional here
+    if name == "cpu":
+        _answer_for_cuda()
+        _redirect_devices()
+        _share_the_random_state()
+        _import_megatron_uncompiled()
+        _replace_gpu_only_symbols()
+        _correct_torch_adam_in_distributed_optimizer()
+    if not has_transformer_engine():
+        _duplicate_down_projections()
+    _rotate_packed_sequences_at_once()
+
+
+# ---------------------------------------------------------------- torch.cuda answers for the CPU
+
+
+class _Stream:
+    """A CPU executes in order: every stream is the one stream."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    wait_event = synchronize = wait_stream
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        return True
+
+
+def _returns(value: Any) -> Callable:
+    """A new function each time: torch._dynamo refuses one function object under two names."""
+    return lambda *args, **kwargs: value
+
+
+def _answer_for_cuda() -> None:
+    """Megatron calls torch.cuda unconditionally: streams, memory counters, current device, nvtx ranges."""
+    assert not torch.cuda.is_initialized(), "the CPU platform is for processes that use no GPU"
+    cuda: Any = torch.cuda
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect", "init"):
+        setattr(cuda, name, _returns(None))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, _returns(0))
+    cuda._lazy_init = _returns(None)
+    cuda.current_device = _returns(torch.device("cpu"))
+    cuda.device_count = _returns(1)
+    cuda.get_device_capability = _returns((0, 0))
+    cuda.get_device_name = _returns("cpu")
+    cuda.is_current_stream_capturing = _returns(False)
+    cuda.memory_stats = lambda *args, **kwargs: {}
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = cuda.device = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = _returns(None)
+    cuda.nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.amp.custom_fwd = functools.partial(torch.amp.custom_fwd, device_type="cpu")
+
+    def get_device_properties(*args: Any) -> None:
+        raise RuntimeError("no GPU on the CPU platform")  # what torch._inductor expects of such a machine
+
+    cuda.get_device_properties = get_device_properties
+
+
+def _is_gpu(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _on_cpu(function: Callable, argument: str = "device") -> Callable:
+    @functools.wraps(function)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if _is_gpu(kwargs.get(argument)):
+            kwargs[argument] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return redirected
+
+
+def _redirect_devices() -> None:
+    """Megatron writes device="cuda", .cuda() and pinned buffers as literals (schedules.py:596, clip_grads.py:90)."""
+    names = "tensor as_tensor zeros ones empty full arange rand randn randint eye linspace randperm"
+    for name in names.split() + [f"{kind}_like" for kind in "zeros ones empty full rand randn".split()]:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.load = _on_cpu(torch.load, "map_location")  # type: ignore[assignment]
+
+    tensor: Any = torch.Tensor
+    tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.record_stream = _returns(None)
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    to, type_ = tensor.to, tensor.type
+
+    def to_cpu(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], str | int | torch.device) and _is_gpu(args[0]):
+            args = (torch.device("cpu"), *args[1:])
+        if _is_gpu(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        return to(self, *args, **kwargs)
+
+    def type_of_gpu(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers sort parameters by type name, "torch.cuda.FloatTensor" (optimizer.py:671).
+        if args or kwargs:
+            return type_(self, *args, **kwargs)
+        return type_(self).replace("torch.", "torch.cuda.", 1)
+
+    tensor.to, tensor.type = to_cpu, type_of_gpu
+    barrier = dist.barrier
+
+    @functools.wraps(barrier)
+    def barrier_of_gloo(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_ids", None)  # parallel_state.py:931; gloo has none
+        return barrier(*args, **kwargs)
+
+    dist.barrier = barrier_of_gloo
+
+
+class _CPUGenerators:
+    """torch.cuda.default_generators, indexed by Megatron with whatever current_device() returned."""
+
+    def __getitem__(self, _device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _share_the_random_state() -> None:
+    """The GPU's generator is the CPU's: Megatron's RNG tracker saves and restores it (random.py:80-110)."""
+    cuda: Any = torch.cuda
+    generator = torch.default_generator
+    cuda.default_generators = _CPUGenerators()
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: generator.get_state()
+        module.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
+    # Not torch.manual_seed, which calls torch.cuda.manual_seed_all: that would recurse.
+    cuda.manual_seed = lambda seed: generator.manual_seed(int(seed)) and None
+    cuda.manual_seed_all = lambda seed: generator.manual_seed(int(seed)) and None
+    # Without a GPU torch queues the call for later, and the state would never be restored (random.py:12).
+    cuda._lazy_call = lambda call, **kwargs: call()
+
+
+# ---------------------------------------------------------------- Megatron symbols
+
+
+def _import_megatron_uncompiled() -> None:
+    """megatron.core.jit takes torch.compile when it is imported; on CPU that would start a C++ compiler."""
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if model is not None else lambda f: f  # type: ignore
+    import megatron.core.jit  # noqa: F401
+
+    torch.compile = compile_
+
+
+def _replace_gpu_only_symbols() -> None:
+    """What Megatron assumes of Transformer Engine or of a GPU, and fails without."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not moe_utils.HAVE_TE:
+        moe_utils.te_general_gemm = None  # moe_utils.py:1192 reads a name that was never bound
+
+    def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # moe_utils.py:1093 converts split sizes only where they are on a GPU; all_to_all needs integers.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+    init = CheckpointWithoutOutput.__init__
+
+    def init_without_fp8(self: Any, fp8: Any = False) -> None:
+        init(self, fp8 or None)  # random.py:636 takes the default False for "fp8 is on" and calls Transformer Engine
+
+    CheckpointWithoutOutput.__init__ = init_without_fp8
+
+
+def _correct_torch_adam_in_distributed_optimizer() -> None:
+    """torch's Adam keeps a `step` tensor in each parameter's state; Apex and Transformer Engine do not."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load_state_dict = DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    sharded_state_dict = DistributedOptimizer.sharded_state_dict
+
+    def load_with_own_steps(self: Any, state_dict: Any) -> None:
+        # :821-825 puts one step tensor into every parameter's state; Adam then counts it up once per parameter.
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    def set_states_and_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # :940 copies every key of the state, but a checkpoint has no step: KeyError.
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {**tensors, **{k: state[k] for k in ("step",) if k in state}})
+
+    def sharded_with_state(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        # :642 asserts that the steps exist, which a fresh optimizer has not created yet.
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model_state, is_loading, *args, **kwargs)
+
+    DistributedOptimizer.load_state_dict = load_with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_and_step
+    DistributedOptimizer.sharded_state_dict = sharded_with_state
+
+
+def _duplicate_down_projections() -> None:
+    """Let MLA's down-projections be whole on every tensor rank, as with Transformer Engine.
+
+    The local spec splits them; with more than one tensor rank the backward of the gather that follows drops
+    the gradients of the other ranks' heads, silently (multi_latent_attention.py:605-610). Megatron knows the
+    duplicated case by comparing with TELinear, which without Transformer Engine is a mock.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.TELinear = DuplicatedLinear
+
+
+_rotations: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""cu_seqlens of a packed batch -> {(frequencies, dtype, scale): (frequencies, cos_TD, sin_TD)}."""
+
+
+def _rotate_packed_sequences_at_once() -> None:
+    """One gather by position for a packed batch, kept for all its layers.
+
+    Megatron splits the tokens per sequence in Python, at every layer, for queries and again for keys, and
+    reads the lengths back from the device (rope_utils.py:_apply_rotary_pos_emb_thd).
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def cos_sin(cu_seqlens: Tensor, freqs: Tensor, num_tokens: int, dtype: torch.dtype, scale: float) -> Any:
+        cached = _rotations.setdefault(cu_seqlens, {})
+        key = (freqs.data_ptr(), freqs.shape, dtype, scale)
+        if key not in cached:
+            starts_S = cu_seqlens[:-1].long()
+            token_T = torch.arange(num_tokens, device=cu_seqlens.device)
+            sequence_T = torch.bucketize(token_T, cu_seqlens[1:].long(), right=True)
+            freqs_TD = freqs.flatten(1)[token_T - starts_S[sequence_T]]
+            cos_TD, sin_TD = (freqs_TD.cos() * scale).to(dtype), (freqs_TD.sin() * scale).to(dtype)
+            cached[key] = (freqs, cos_TD.unsqueeze(1), sin_TD.unsqueeze(1))  # freqs stay alive: data_ptr is a key
+        return cached[key][1:]
+
+    def rotate(
+        t: Tensor,
+        cu_seqlens: Tensor,
+        freqs: Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+        cp_group: Any = None,
+    ) -> Tensor:
+        assert cp_group is None or cp_group.size() == 1, "packed rope is not split over a context axis"
+        assert not rotary_interleaved
+        cos_TD, sin_TD = cos_sin(cu_seqlens, freqs, t.shape[0], t.dtype, mscale)
+        rotated, rest = t[..., : cos_TD.shape[-1]], t[..., cos_TD.shape[-1] :]
+        if multi_latent_attention:  # DeepSeek's checkpoints interleave the pairs
+            first, second = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            first, second = rotated.chunk(2, dim=-1)
+        half = cos_TD.shape[-1] // 2
+        cos_TD, sin_TD = cos_TD[..., :half], sin_TD[..., :half]
+        return torch.cat((first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD, rest), dim=-1)
+
+    rope_utils._apply_rotary_pos_emb_thd = rotate

@@ -1,0 +1,74 @@
+"""Accuracy of the engine's current weights on held-out questions: sampled as in training, and greedy.
+
+The paper evaluates by sampling and never greedily (greedy decoding repeats); both are reported here
+because a toy answer is short enough for greedy decoding to be meaningful.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from r1mega.config import RunConfig, value_at
+from r1mega.rewards.scoring import Scorer
+from r1mega.rollout.engine import RolloutGroup, Sampling, greedy_sampling, rollout_sampling
+from r1mega.samples import Prompt, ScoredRollout
+
+EVAL_STEP = -1
+"""Evaluation draws its sampling seeds from a step that training never has."""
+
+
+@dataclass(frozen=True)
+class Score:
+    accuracy: float
+    ci: float
+    """Half-width of the 95 % confidence interval (normal approximation)."""
+    format: float
+    response_length: float
+    truncated: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    sampled: Score
+    greedy: Score
+    examples: list[ScoredRollout]
+
+    def as_dict(self) -> dict:
+        return {"sampled": asdict(self.sampled), "greedy": asdict(self.greedy)}
+
+
+async def evaluate(
+    engines: RolloutGroup, scorer: Scorer, prompts: Sequence[Prompt], config: RunConfig, step: int
+) -> Evaluation:
+    """One sampled and one greedy answer for every prompt."""
+    limit = config.eval.max_tokens or value_at(config.rollout.max_tokens, step)
+    sampling = replace(rollout_sampling(config, step), n=1, max_tokens=limit)
+    sampled = await answers(engines, scorer, prompts, sampling)
+    greedy = await answers(engines, scorer, prompts, greedy_sampling(config, step))
+    return Evaluation(score(sampled), score(greedy), sampled[:3])
+
+
+async def answers(
+    engines: RolloutGroup, scorer: Scorer, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[ScoredRollout]:
+    """Scored answers in the order of the prompts."""
+    stream = scorer.score_stream(engines.generate(prompts, sampling, EVAL_STEP))
+    scored = [item async for item in stream]
+    position = {prompt.id: i for i, prompt in enumerate(prompts)}
+    return sorted(scored, key=lambda item: (position[item.rollout.prompt.id], item.rollout.index))
+
+
+def score(scored: Sequence[ScoredRollout]) -> Score:
+    n = max(1, len(scored))
+    accuracy = sum(item.reward.terms["accuracy"] for item in scored) / n
+    return Score(
+        accuracy=accuracy,
+        ci=1.96 * math.sqrt(accuracy * (1 - accuracy) / n),
+        format=sum(item.reward.terms["format"] for item in scored) / n,
+        response_length=sum(len(item.rollout.response_ids) for item in scored) / n,
+        truncated=sum(item.rollout.finish_reason == "length" for item in scored) / n,
+        n=len(scored),
+    )

@@ -1,0 +1,303 @@
+"""Reinforcement learning with rule rewards: R1-Zero (R1 section 2.2), GRPO on Megatron-core and vLLM.
+
+The driver is this one plain process. Trainer ranks and engines are Ray actors; scoring overlaps
+decoding; after every rollout's updates the new weights are broadcast to the engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from r1mega import cluster, platforms
+from r1mega.algorithms.credit import Credit, build_samples
+from r1mega.config import ConfigError, RunConfig
+from r1mega.data import chain
+from r1mega.data.packing import pack
+from r1mega.data.prompts import PromptSet, PromptStream, read_prompts
+from r1mega.report import write_report
+from r1mega.rewards.scoring import Scorer
+from r1mega.rollout.engine import RolloutEngine, RolloutGroup, rollout_sampling
+from r1mega.rollout.weight_sync import WeightMetadata
+from r1mega.samples import Prompt, ScoredRollout
+from r1mega.stages.console import Console
+from r1mega.stages.evaluate import Evaluation, evaluate
+from r1mega.stages.placement import place
+from r1mega.stages.policy import PolicyWorker
+from r1mega.stages.run_directory import RunDirectory
+from r1mega.stages.summary import combine_reports, rollout_metrics
+from r1mega.stages.tokenizer import load_tokenizer
+from r1mega.training import checkpoint
+from r1mega.training.metrics import Recorder
+
+COLUMNS = (
+    "step", "accuracy", "format", "response_length", "kl", "entropy", "tokens_per_second",
+    "time/generate", "time/train", "time/sync", "time/step",
+)  # fmt: skip
+
+
+CHANCE = {"generated:chain": chain.CHANCE}
+"""Accuracy of guessing, where it is known."""
+
+
+class LostRollouts(RuntimeError):
+    """The gate that accounts for every sampled output: trained on, masked, or the run stops."""
+
+
+def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
+    """Train to the end, resuming from the newest checkpoint; leaves `hf/`, results.json and report.html."""
+    tokenizer = load_tokenizer(config.model)
+    prompts = read_prompts(config.data, tokenizer, seed=config.seed)
+    if not prompts.train:
+        raise ConfigError(
+            f"{config.data.path}: no prompt is left to train on (data.eval_size={config.data.eval_size})"
+        )
+    console.note(
+        f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
+        f"({prompts.dropped} over data.max_prompt_tokens dropped)"
+    )
+    with cluster.start(config):
+        asyncio.run(_run(config, directory, prompts, console))
+
+
+async def _run(config: RunConfig, directory: RunDirectory, prompts: PromptSet, console: Console) -> None:
+    console.phase(f"starting {config.world_size} trainer rank(s) and {config.rollout.engines} vLLM engine(s)")
+    async with Scorer(config.rewards) as scorer:
+        job = await ReinforcementLearning.start(config, directory, prompts, scorer, console)
+        try:
+            await job.train()
+        finally:
+            await job.stop()
+
+
+class ReinforcementLearning:
+    """The parts of a run and the loop over them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        prompts: PromptSet,
+        scorer: Scorer,
+        console: Console,
+        policy: cluster.WorkerGroup,
+        engines: RolloutGroup,
+        metadata: WeightMetadata,
+    ):
+        self.config, self.directory, self.prompts = config, directory, prompts
+        self.scorer, self.console = scorer, console
+        self.policy, self.engines, self.metadata = policy, engines, metadata
+        self.stream = PromptStream(prompts.train, config.seed)
+        self.step = 0
+        self.times: dict[str, float] = {}
+
+    @classmethod
+    async def start(
+        cls, config: RunConfig, directory: RunDirectory, prompts: PromptSet, scorer: Scorer, console: Console
+    ) -> ReinforcementLearning:
+        """Bring up trainer and engines side by side, resume, and join them for weight sync."""
+        placement = place(config, platforms.detect(config.platform))
+        tokenizer_path = config.model.tokenizer or config.model.path
+        handles = [
+            cluster.spawn(
+                RolloutEngine, config, config.model.path, tokenizer_path, index, config.rollout.engines,
+                placement.engine_threads, name=f"engine {index}", **placement.engine,
+            )
+            for index in range(config.rollout.engines)
+        ]  # fmt: skip
+        policy = await cluster.WorkerGroup.create(
+            PolicyWorker,
+            config,
+            placement.trainer_threads,
+            size=config.world_size,
+            name="trainer",
+            **placement.trainer,
+        )
+        await asyncio.gather(*(handle.ready() for handle in handles))
+        engines = RolloutGroup(handles, receivers_per_engine=config.rollout.tensor_parallel)
+        opened = await policy.call("open_sender", engines.num_receivers)
+        metadata, (host, port) = opened[0]
+        await asyncio.gather(policy.call("connect_sender"), engines.init_sync(host, port))
+        job = cls(config, directory, prompts, scorer, console, policy, engines, metadata)
+        await job._resume()
+        return job
+
+    async def stop(self) -> None:
+        await self.engines.close()
+        self.policy.kill()
+
+    async def _resume(self) -> None:
+        saved = checkpoint.complete(self.directory.checkpoints)
+        if saved:
+            state = checkpoint.read_state(saved[-1])
+            await self.policy.call("load", str(saved[-1]))
+            self.step = state["step"]
+            self.stream = self.stream.restore(state["prompts"])
+            self.console.note(f"resuming from {saved[-1]} (step {self.step})")
+        await self._publish()
+
+    async def train(self) -> None:
+        if "before" not in self.directory.results():
+            before = await self._evaluate("before")
+            self.console.note(f"before: {_line(before)}")
+        with Recorder(self.directory.path, resume_step=self.step + 1) as recorder:
+            table = self.console.table(COLUMNS)
+            while self.step < self.config.num_steps:
+                scored, metrics = await self.one_rollout()
+                if self._due(self.config.eval.every):
+                    metrics |= _eval_metrics(await self._evaluate(f"step {self.step}"))
+                recorder.log(self.step, metrics)
+                recorder.log_samples(self.step, scored)
+                table.row(self.step, metrics, of=self.config.num_steps)
+                if self._due(self.config.checkpoint.every) or self.step >= self.config.num_steps:
+                    with self._timed("checkpoint"):
+                        await self._save()
+        await self._finish()
+
+    async def one_rollout(self) -> tuple[list[ScoredRollout], dict[str, float]]:
+        """Sample, score, credit, pack, update, publish: `grpo.mini_batches` policy updates.
+
+        `time/checkpoint` is the save that followed the rollout before.
+        """
+        config, began = self.config, time.monotonic()
+        prompts = self.stream.take(config.questions_per_rollout)
+        with self._timed("generate"):
+            scored = await self._generate(prompts)
+        with self._timed("pack"):
+            credit = build_samples(scored, config, self.step)
+            self._account(scored, credit, prompts)
+            per_rank = self._pack(credit)
+        with self._timed("train"):
+            reports = await self.policy.scatter("rl_update", per_rank)
+        self.step += config.grpo.mini_batches
+        with self._timed("sync"):
+            await self._publish()
+        elapsed = time.monotonic() - began
+        times, self.times = self.times, {}
+        metrics = rollout_metrics(scored) | combine_reports(reports)
+        tokens = sum(len(item.rollout.response_ids) for item in scored)
+        return scored, metrics | {
+            "zero_std_groups": credit.num_zero_std / max(1, credit.num_groups),
+            "masked_outputs": float(credit.num_masked),
+            "tokens_per_second": tokens / elapsed,
+            "samples_per_second": len(scored) / elapsed,
+            **{f"time/{name}": seconds for name, seconds in times.items()},
+            "time/step": elapsed,
+        }
+
+    async def _generate(self, prompts: list[Prompt]) -> list[ScoredRollout]:
+        """Outputs of the current policy, each scored as soon as it is finished."""
+        sampling = rollout_sampling(self.config, self.step)
+        total = len(prompts) * sampling.n
+        scored = []
+        async for item in self.scorer.score_stream(self.engines.generate(prompts, sampling, self.step)):
+            scored.append(item)
+            if len(scored) % 64 == 0:
+                self.console.progress(f"step {self.step}: sampling", len(scored), total)
+        return scored
+
+    def _account(self, scored: list[ScoredRollout], credit: Credit, prompts: list[Prompt]) -> None:
+        expected = len(prompts) * self.config.grpo.group_size
+        trained = sum(len(samples) for samples in credit.mini_batches)
+        versions = {item.rollout.weight_version for item in scored}
+        if len(scored) != expected or trained + credit.num_masked != expected:
+            raise LostRollouts(
+                f"gate every-rollout-counts, step {self.step}: {expected} outputs were asked for, {len(scored)} came back, "
+                f"{trained} are trained on and {credit.num_masked} masked"
+            )
+        if versions != {self.step}:
+            raise LostRollouts(
+                f"gate weight-version, step {self.step}: outputs were sampled with weights of step {sorted(versions)}"
+            )
+
+    def _pack(self, credit: Credit) -> list[tuple[Any, int]]:
+        """Arguments of rl_update for every trainer rank."""
+        config = self.config
+        packed = [
+            pack(samples, config.parallel.data, config.parallel.tokens_per_chunk, config.token_alignment)
+            for samples in credit.mini_batches
+        ]
+        return [
+            ([ranks[config.data_rank(r)] for ranks in packed], self.step) for r in range(config.world_size)
+        ]
+
+    async def _publish(self) -> None:
+        """Broadcast the policy's weights; the engines' weight version becomes the step."""
+        await asyncio.gather(
+            self.policy.call("send_weights", self.step), self.engines.receive(self.metadata, self.step)
+        )
+
+    async def _save(self) -> None:
+        state = {"prompts": self.stream.state()}
+        await self.policy.call("save", str(self.directory.checkpoints), self.step, state)
+
+    def _due(self, every: int) -> bool:
+        """Whether a multiple of `every` was passed by the last rollout's updates."""
+        return every > 0 and self.step // every > (self.step - self.config.grpo.mini_batches) // every
+
+    async def _evaluate(self, when: str) -> Evaluation:
+        self.console.phase(f"evaluating on {len(self.prompts.heldout)} held-out problems ({when})")
+        evaluation = await evaluate(self.engines, self.scorer, self.prompts.heldout, self.config, self.step)
+        if when == "before":
+            self.directory.add_results(before=evaluation.as_dict(), chance=CHANCE.get(self.config.data.path))
+        return evaluation
+
+    async def _finish(self) -> None:
+        after = await self._evaluate("after")
+        self.console.phase("writing the Hugging Face checkpoint and the report")
+        await self.policy.call("export", str(self.directory.hf))
+        results = self.directory.add_results(after=after.as_dict(), steps=self.step, finished=True)
+        show_results(results, after.examples, write_report(self.directory.path), self.directory, self.console)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.times[name] = self.times.get(name, 0.0) + time.monotonic() - began
+
+
+def _eval_metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {"eval/sampled": evaluation.sampled.accuracy, "eval/greedy": evaluation.greedy.accuracy}
+
+
+def _line(evaluation: Evaluation) -> str:
+    sampled, greedy = evaluation.sampled, evaluation.greedy
+    return (
+        f"sampled accuracy {sampled.accuracy:.1%} ± {sampled.ci:.1%}, greedy {greedy.accuracy:.1%}, "
+        f"format {sampled.format:.1%}, response length {sampled.response_length:.1f}"
+    )
+
+
+def show_results(
+    results: dict[str, Any],
+    examples: list[ScoredRollout],
+    report: Path,
+    directory: RunDirectory,
+    console: Console,
+) -> None:
+    """The end of a run, for a reader who skipped the table."""
+    console.line()
+    console.line(
+        f"Held-out accuracy ({results['after']['sampled']['n']} problems, ± 95 % confidence interval)"
+    )
+    for kind in ("sampled", "greedy"):
+        before, after = results["before"][kind], results["after"][kind]
+        console.result(
+            kind,
+            f"{before['accuracy']:.1%} ± {before['ci']:.1%}  ->  {after['accuracy']:.1%} ± {after['ci']:.1%}",
+        )
+    if results.get("chance") is not None:
+        console.result("chance level", f"{results['chance']:.1%}")
+    console.result("report", report)
+    console.result("Hugging Face checkpoint", directory.hf)
+    console.line("Three sample answers")
+    for item in examples:
+        verdict = item.reward.verdicts["accuracy"]
+        console.line(f"  {item.rollout.prompt.text.strip()[-120:]}")
+        console.line(
+            f"    {item.rollout.response_text.strip()[:400]}   [{verdict}, reference {item.rollout.prompt.answer}]"
+        )

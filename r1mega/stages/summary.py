@@ -1,0 +1,49 @@
+"""From what the trainer ranks and the scored rollouts report to the metrics of one step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from r1mega.algorithms.losses import combine, summarise
+from r1mega.rewards.reflection import reflective_words
+from r1mega.samples import ScoredRollout
+
+GIB = 1 << 30
+
+
+def combine_reports(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of one update from every rank's report (Trainer.rl_update, sft_update)."""
+    counted = [
+        {key: torch.tensor(value, dtype=torch.float64) for key, value in report["totals"].items()}
+        for report in reports
+        if report["counted"]
+    ]
+    return summarise(combine(counted)) | {
+        "grad_norm": reports[0]["grad_norm"],
+        "lr": reports[0]["lr"],
+        "peak_memory_gib": max(report["peak_memory_bytes"] for report in reports) / GIB,
+    }
+
+
+def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Means over the outputs of one rollout; verdicts as counts, reflective words per response."""
+    n = max(1, len(scored))
+    metrics = {
+        "reward": sum(item.reward.total for item in scored) / n,
+        "response_length": sum(len(item.rollout.response_ids) for item in scored) / n,
+        "truncated": sum(item.rollout.finish_reason == "length" for item in scored) / n,
+    }
+    for term in scored[0].reward.terms:
+        metrics[term] = sum(item.reward.terms[term] for item in scored) / n
+    verdicts = Counter(
+        f"{term}:{verdict}" for item in scored for term, verdict in item.reward.verdicts.items()
+    )
+    metrics |= {f"verdict/{name}": float(count) for name, count in sorted(verdicts.items())}
+    words: Counter[str] = Counter()
+    for item in scored:
+        words.update(reflective_words(item.rollout.response_text))
+    return metrics | {f"words/{word}": count / n for word, count in words.items()}

@@ -1,0 +1,102 @@
+"""Megatron's data-parallel gradient buffers and optimizer around one model, and the learning-rate schedule.
+
+Losses arrive as sums already weighted by the global batch (samples.py), so gradients are summed over
+ranks and never divided again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from r1mega.config import OptimizerConfig, ParallelConfig
+from r1mega.models.language_model import LanguageModel
+
+
+class NonFiniteGradient(RuntimeError):
+    """A gradient is NaN or infinite: the gate that keeps it from reaching the weights."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+
+
+def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Rate of the update that turns step `step` into `step + 1`: linear warm-up, then constant or cosine."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class Optimizer:
+    """AdamW over the local shard: fp32 master weights and moments, sharded over data ranks if asked."""
+
+    def __init__(
+        self, model: LanguageModel, config: OptimizerConfig, parallel: ParallelConfig, total_steps: int
+    ):
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+        from megatron.core.optimizer import get_megatron_optimizer
+        from megatron.core.transformer.module import Float16Module
+
+        self.config, self.total_steps = config, total_steps
+        half = model.config.params_dtype is torch.bfloat16
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=parallel.distributed_optimizer, grad_reduce_in_fp32=True
+            ),
+            Float16Module(model.config, model) if half else model,
+        )
+        self.megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                weight_decay=config.weight_decay,
+                clip_grad=config.clip_grad,
+                bf16=half,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=parallel.distributed_optimizer,
+            ),
+            [self.ddp],
+        )
+        self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        """Dense and expert parameters are reduced over different groups, so they have optimizers of their own."""
+
+    def zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, step: int) -> StepReport:
+        """Reduce the gradients, clip, update the weights. Raises NonFiniteGradient before anything changes."""
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        finalize_model_grads([self.ddp])
+        lr = learning_rate(step, self.config, self.total_steps)
+        for group in self.megatron.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        found_inf = self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm() or 0.0)
+        if found_inf or not math.isfinite(norm):
+            raise NonFiniteGradient(
+                f"step {step}: the gradient norm is {norm}; the weights were not changed. "
+                "Lower optimizer.lr or look at the last rows of samples.jsonl"
+            )
+        for part in self.parts:
+            if self.config.clip_grad > 0 and part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.clip_grad, norm)
+        updated = self.megatron.step_with_ready_grads()
+        assert updated
+        return StepReport(grad_norm=norm, lr=lr)
