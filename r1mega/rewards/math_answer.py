@@ -44,7 +44,7 @@ def boxed(text: str) -> str | None:
 def all_boxed(text: str) -> list[str]:
     r"""The contents of every outermost complete \boxed{...} or \fbox{...}, in order."""
     contents, position = [], 0
-    while match := _BOXED.search(text, position):
+    while match := BOXED.search(text, position):
         end = _closing_brace(text, match.end())
         if end < 0:
             break
@@ -85,7 +85,7 @@ def _closing_brace(text: str, start: int) -> int:
     return -1
 
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 # ---------------------------------------------------------------- normalisation
@@ -185,7 +185,7 @@ def _undelimited(text: str) -> str:
                 inner = text[len(opening) : -len(closing)]
                 if opening not in inner and closing not in inner and not inner.endswith("\\"):
                     text = inner
-        match = _BOXED.match(text)
+        match = BOXED.match(text)
         if match and _closing_brace(text, match.end()) == len(text) - 1:
             text = text[match.end() : -1]
         if text == before:
@@ -219,28 +219,54 @@ _NUMBER = re.compile(
     rf"|(?P<decimal>{_DECIMAL}){_POWER}?"
     r")(?P<rest>\s*%|\s+[a-zA-Z][a-zA-Z .]*(?:\^\s*\{?[23]\}?)?|[a-zA-Z]{2,}\s*(?:\^\s*\{?[23]\}?)?)?\s*"
 )
-_UNIT_NAMES = {
-    "cm": "cm centimeter centimeters centimetre centimetres", "m": "m meter meters metre metres",
-    "mm": "mm millimeter millimeters millimetre millimetres", "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard yards", "mi": "mi mile miles",
-    "g": "g gram grams", "kg": "kg kilogram kilograms", "lb": "lb lbs pound pounds", "oz": "oz ounce ounces",
-    "s": "s sec secs second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours",
-    "day": "day days", "week": "week weeks", "month": "month months", "year": "year years yr yrs",
-    "mph": "mph", "l": "l liter liters litre litres", "ml": "ml milliliter milliliters",
-    "dollar": "dollar dollars usd", "cent": "cent cents", "euro": "euro euros eur", "": "unit units degree degrees",
-    "radian": "radian radians rad", "point": "point points", "people": "people", "yuan": "yuan",
-    "sq cm": "cm^2|square centimeters|sq cm", "sq m": "m^2|square meters|sq m", "sq in": "in^2|square inches",
-    "sq ft": "ft^2|square feet|sq ft", "": "unit units degree degrees square units|cubic units|sq units",
-    "cu cm": "cm^3|cubic centimeters", "cu m": "m^3|cubic meters", "cu in": "in^3|cubic inches",
-}  # fmt: skip
+_UNIT_NAMES = """
+cm centimeter centimeters centimetre centimetres
+mm millimeter millimeters millimetre millimetres
+m meter meters metre metres
+km kilometer kilometers kilometre kilometres
+in inch inches
+ft foot feet
+yd yard yards
+mi mile miles
+g gram grams
+kg kilogram kilograms
+lb lbs pound pounds
+oz ounce ounces
+s sec secs second seconds
+min mins minute minutes
+h hr hrs hour hours
+day days
+week weeks
+month months
+year years yr yrs
+mph
+l liter liters litre litres
+ml milliliter milliliters
+dollar dollars usd
+cent cents
+euro euros eur
+yuan
+radian radians rad
+point points
+people
+cm^2 square_centimeters square_cm sq_cm
+m^2 square_meters square_m sq_m
+in^2 square_inches sq_in
+ft^2 square_feet sq_ft
+cm^3 cubic_centimeters cubic_cm
+m^3 cubic_meters
+in^3 cubic_inches
+ft^3 cubic_feet
+"""
+_NO_UNIT = ("unit", "units", "degree", "degrees", "square units", "cubic units", "sq units")
 
 
 def _unit_table() -> dict[str, str]:
-    table = {"unit": "", "units": "", "degree": "", "degrees": "", "square units": "", "cubic units": ""}
-    for canonical, names in _UNIT_NAMES.items():
-        if canonical:
-            for name in names.split("|") if "|" in names or "^" in names else names.split():
-                table[name] = canonical
+    """Every spelling -> the first of its line; the empty unit for words that say nothing."""
+    table = dict.fromkeys(_NO_UNIT, "")
+    for line in _UNIT_NAMES.split("\n"):
+        for name in line.split():
+            table[name.replace("_", " ")] = line.split()[0]
     return table
 
 

@@ -12,9 +12,13 @@ import logging
 import re
 from typing import Any
 
-from r1mega.rewards.math_answer import MAX_ANSWER, _BOXED, normalised, plain_unicode, quick_compare
+from r1mega.rewards.math_answer import BOXED, MAX_ANSWER, normalised, plain_unicode, quick_compare
 
 FLOAT_DIGITS = 12
+TAIL = 1000
+"""Characters of a longer text that are searched for its final \\boxed{}."""
+PROSE_WORDS = 3
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _OVERLINE = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
@@ -23,6 +27,7 @@ def compare(gold: str, pred: str) -> str:
 
     Either may be bare ("3,5"), delimited ("$3$") or a sentence that holds the answer in $...$ or \\boxed{}.
     """
+    gold, pred = _tail(gold), _tail(pred)
     quick = quick_compare(gold, pred)
     if quick is not None:
         return quick
@@ -47,7 +52,7 @@ def _parsed(text: str) -> list[Any]:
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     text = _OVERLINE.sub(_periodic, plain_unicode(text))
-    if not _has_delimiters(text):
+    if not _has_delimiters(text) and not _is_prose(text):
         text = rf"\boxed{{{normalised(text)}}}"
     return list(parse(text, parsing_timeout=None))
 
@@ -69,11 +74,17 @@ def _same_number(gold_values: list[Any], pred_values: list[Any]) -> bool:
     a, b = gold_values[0], pred_values[0]
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return False
-    constants = {sympy.Symbol("i"): sympy.I, sympy.Symbol("e"): sympy.E}
-    a, b = a.subs(constants).doit(), b.subs(constants).doit()
+    a, b = _with_constants(a).doit(), _with_constants(b).doit()
     if a.free_symbols or b.free_symbols or a.has(sympy.Float) or b.has(sympy.Float):
         return False
     return bool((a - b).equals(0))
+
+
+def _with_constants(expression: Any) -> Any:
+    import sympy
+
+    constants = {"i": sympy.I, "e": sympy.E}
+    return expression.subs({s: constants[s.name] for s in expression.free_symbols if s.name in constants})
 
 
 def _periodic(match: re.Match[str]) -> str:
@@ -83,5 +94,14 @@ def _periodic(match: re.Match[str]) -> str:
     return rf"\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
+def _tail(text: str) -> str:
+    """The end of a long text when its last box is there (a whole solution); else the text."""
+    return text[-TAIL:] if len(text) > MAX_ANSWER and BOXED.search(text, len(text) - TAIL) else text
+
+
 def _has_delimiters(text: str) -> bool:
-    return len(text) <= MAX_ANSWER and bool(_BOXED.search(text) or "$" in text or "\\(" in text or "\\[" in text)
+    return bool(BOXED.search(text) or "$" in text or "\\(" in text or "\\[" in text)
+
+
+def _is_prose(text: str) -> bool:
+    return "\\" not in text and len(_WORD.findall(text)) >= PROSE_WORDS
