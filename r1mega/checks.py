@@ -26,7 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sft.loss_on": ("response", "all"),
 }
 
-POSITIVE = """data.max_prompt_tokens data.operations data.size
+POSITIVE = """
+    data.max_prompt_tokens data.operations data.size
     parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.expert parallel.expert_tensor
     parallel.context parallel.data parallel.tokens_per_chunk
     optimizer.lr optimizer.eps
@@ -35,15 +36,18 @@ POSITIVE = """data.max_prompt_tokens data.operations data.size
     grpo.questions_per_step grpo.mini_batches grpo.clip_low grpo.clip_high
     rewards.workers rewards.cpu_seconds rewards.memory_mib
     sft.batch_size sft.max_length checkpoint.keep
-    gates.logprob_mean gates.logprob_max gates.ratio""".split()
+    gates.logprob_mean gates.logprob_max gates.ratio
+"""
 
-NON_NEGATIVE = """seed num_steps
+NON_NEGATIVE = """
+    seed num_steps
     model.mtp_loss_weight model.router_bias_rate model.balance_loss data.eval_size
     optimizer.min_lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
     rollout.temperature rollout.kv_cache_gib rollout.speculative_tokens
     grpo.kl_coef grpo.reference_every grpo.std_epsilon grpo.importance_cap
     rewards.accuracy rewards.format sft.num_epochs
-    checkpoint.every eval.every eval.max_tokens""".split()
+    checkpoint.every eval.every eval.max_tokens
+"""
 
 
 def check(config: RunConfig) -> None:
@@ -70,7 +74,9 @@ def _types(config: RunConfig) -> Iterator[str]:
             yield f"{entry.name}={value!r}: a {type(value).__name__}, it must be a {type(default).__name__}"
         else:
             for leaf in dataclasses.fields(default):
-                yield from _type(f"{entry.name}.{leaf.name}", getattr(value, leaf.name), getattr(default, leaf.name))
+                yield from _type(
+                    f"{entry.name}.{leaf.name}", getattr(value, leaf.name), getattr(default, leaf.name)
+                )
 
 
 def _type(name: str, value: object, default: object) -> Iterator[str]:
@@ -90,7 +96,7 @@ def _values(config: RunConfig) -> Iterator[str]:
             guess = f"did you mean {near[0]!r}? " if near else ""
             yield f"{name}={value}: {guess}It is one of {', '.join(known)}"
     for names, floor, words in ((POSITIVE, 0, "more than 0"), (NON_NEGATIVE, -1, "0 or more")):
-        for name in names:
+        for name in names.split():
             value = _get(config, name)
             assert isinstance(value, int | float), name
             if value < 0 or value == floor:
@@ -111,7 +117,8 @@ def _values(config: RunConfig) -> Iterator[str]:
 def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
     example = "a schedule looks like 0:32768,8200:65536"
     pairs = all(
-        isinstance(entry, tuple) and len(entry) == 2 and all(type(part) is int for part in entry) for entry in schedule
+        isinstance(entry, tuple) and len(entry) == 2 and all(type(part) is int for part in entry)
+        for entry in schedule
     )
     if not pairs or not schedule:
         yield f"{name}={schedule}: not a list of first_step:value; {example}"
@@ -134,8 +141,8 @@ def _general(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.schedule == "cosine" and optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr={optimizer.min_lr}: more than optimizer.lr={optimizer.lr}, where the cosine begins"
-    if config.num_steps and optimizer.warmup_steps > config.num_steps:
-        yield f"optimizer.warmup_steps={optimizer.warmup_steps}: longer than the run (num_steps={config.num_steps})"
+    if optimizer.schedule == "cosine" and 0 < config.num_steps <= optimizer.warmup_steps:
+        yield f"optimizer.warmup_steps={optimizer.warmup_steps}: leaves nothing of num_steps={config.num_steps} to the cosine"
 
 
 def _stage(config: RunConfig) -> Iterator[str]:

@@ -37,7 +37,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
-        raise ConfigError(f"{path}{_line_in(path, error)}: {type(error).__name__}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"{path}{_line_in(path, error)}: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if "config" not in names:
         raise ConfigError(f"{path}: binds no name `config`; end it with config = RunConfig(...)")
     config = names["config"]
@@ -54,7 +56,9 @@ def settings(config: RunConfig) -> dict[str, Any]:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
-            values |= {f"{entry.name}.{leaf.name}": getattr(value, leaf.name) for leaf in dataclasses.fields(value)}
+            values |= {
+                f"{entry.name}.{leaf.name}": getattr(value, leaf.name) for leaf in dataclasses.fields(value)
+            }
         else:
             values[entry.name] = value
     return values
@@ -63,7 +67,9 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def changed(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Leaves that differ from the defaults: dotted name -> (value, default)."""
     defaults = settings(RunConfig())
-    return {name: (value, defaults[name]) for name, value in settings(config).items() if value != defaults[name]}
+    return {
+        name: (value, defaults[name]) for name, value in settings(config).items() if value != defaults[name]
+    }
 
 
 def describe(config: RunConfig) -> str:
@@ -101,7 +107,11 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The config that `to_dict` wrote; absent settings take their defaults. ConfigError on unknown ones."""
     config = RunConfig()
     for name, value in values.items():
-        leaves = {f"{name}.{leaf}": item for leaf, item in value.items()} if isinstance(value, Mapping) else {name: value}
+        leaves = (
+            {f"{name}.{leaf}": item for leaf, item in value.items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
         for leaf, item in leaves.items():
             _hint_of(leaf)
             config = _replace(config, leaf, _tuples(item))
@@ -116,11 +126,13 @@ def _override(config: RunConfig, override: str) -> RunConfig:
     name = name.strip()
     if not equals:
         raise ConfigError(f"{override!r} is not NAME=VALUE; an override looks like grpo.group_size=16")
-    section = getattr(config, name, None) if name.isidentifier() else None
+    section = getattr(config, name) if name in typing.get_type_hints(RunConfig) else None
     if dataclasses.is_dataclass(section):
         if not hasattr(section, "path"):
             first = dataclasses.fields(section)[0].name
-            raise ConfigError(f"{name!r} is a section, not a setting; set one of its fields, as in {name}.{first}=...")
+            raise ConfigError(
+                f"{name!r} is a section, not a setting; set one of its fields, as in {name}.{first}=..."
+            )
         name = f"{name}.path"
     return _replace(config, name, _parse(name, _hint_of(name), text.strip()))
 
@@ -129,7 +141,9 @@ def _replace(config: RunConfig, name: str, value: Any) -> RunConfig:
     section, dot, leaf = name.partition(".")
     if not dot:
         return dataclasses.replace(config, **{name: value})
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{leaf: value})})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **{leaf: value})}
+    )
 
 
 def _hint_of(name: str) -> Any:
@@ -140,7 +154,10 @@ def _hint_of(name: str) -> Any:
     same_leaf = [known for known in hints if known.rpartition(".")[2] == name.rpartition(".")[2]]
     near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
     near_leaf = {known.rpartition(".")[2]: known for known in hints}
-    by_leaf = [near_leaf[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], near_leaf, n=1, cutoff=0.8)]
+    by_leaf = [
+        near_leaf[leaf]
+        for leaf in difflib.get_close_matches(name.rpartition(".")[2], near_leaf, n=1, cutoff=0.8)
+    ]
     sections = [entry.name for entry in dataclasses.fields(RunConfig) if f"{entry.name}.path" in hints]
     by_section = difflib.get_close_matches(name, sections, n=1, cutoff=0.6)
     guesses = same_leaf or near or by_leaf or by_section
@@ -196,7 +213,9 @@ TYPES: dict[Any, _Type] = {
     int: _Type(int, "a whole number", "16"),
     float: _Type(_parse_float, "a number", "1e-6"),
     str: _Type(str, "text", "name"),
-    Schedule: _Type(_parse_schedule, "a whole number or a schedule first_step:value,...", "0:32768,8200:65536"),
+    Schedule: _Type(
+        _parse_schedule, "a whole number or a schedule first_step:value,...", "0:32768,8200:65536"
+    ),
 }
 
 
@@ -204,7 +223,7 @@ def _type_of(hint: Any) -> _Type:
     if hint in TYPES:
         return TYPES[hint]
     item, *rest = typing.get_args(hint)
-    assert typing.get_origin(hint) is tuple and rest == [...], f"no parser for {hint}"
+    assert (typing.get_origin(hint), rest) == (tuple, [...]), f"no parser for {hint}"
     inner = TYPES[item]
     return _Type(
         lambda text: tuple(inner.parse(part) for part in text.split(",")) if text else (),
@@ -218,7 +237,9 @@ def _parse(name: str, hint: Any, text: str) -> Any:
     try:
         return kind.parse(text)
     except ValueError:
-        raise ConfigError(f"{name}={text}: {name} takes {kind.called}, for example {name}={kind.example}") from None
+        raise ConfigError(
+            f"{name}={text}: {name} takes {kind.called}, for example {name}={kind.example}"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -231,14 +252,18 @@ def _tuples(value: Any) -> Any:
 def _similar_files(path: Path) -> str:
     root = next((parent for parent in path.parents if parent.is_dir()), Path())
     known = sorted(str(found) for found in root.rglob("*.py")) if root.name else []
-    near = difflib.get_close_matches(str(path), known or [str(found) for found in Path("configs").rglob("*.py")], n=1)
+    near = difflib.get_close_matches(
+        str(path), known or [str(found) for found in Path("configs").rglob("*.py")], n=1
+    )
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _line_in(path: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f":{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
     return f":{lines[-1]}" if lines else ""
 
 

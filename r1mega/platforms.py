@@ -1,9 +1,10 @@
 """CUDA and CPU: the only place that names a device or a backend, and that adapts Megatron-core.
 
 Everyone else receives a `Platform` and asks it. `prepare_megatron()` comes before the first import of
-megatron.core. On CPU, Megatron-core runs through its own code: torch.cuda answers for the CPU, and a few
-Megatron symbols that need Transformer Engine, Apex or a GPU are replaced. On CUDA only the replacements
-that correct numbers stay. Every patch says why it is there; line numbers are megatron-core 0.16.1's.
+megatron.core. On CPU, Megatron-core runs through its own code: its modules see a torch whose `cuda` is the
+CPU, and a few Megatron symbols that need Transformer Engine, Apex or a GPU are replaced. On CUDA only the
+replacements that correct numbers stay. Every patch says why it is there; line numbers are megatron-core
+0.16.1's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import contextlib
 import functools
 import importlib.util
 import resource
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -112,7 +117,7 @@ class DuplicatedLinear(torch.nn.Module):
         super().__init__()
         assert not bias and parallel_mode == "duplicated"
         self.weight = torch.nn.Parameter(
-            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=parameter_device())
         )
         if config.perform_initialization:
             init_method(self.weight)
@@ -133,10 +138,8 @@ def _prepare_megatron(name: str) -> None:
     _prepared = name
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # Apex and Transformer Engine are optional here
     if name == "cpu":
-        _answer_for_cuda()
-        _redirect_devices()
-        _share_the_random_state()
-        _import_megatron_uncompiled()
+        _show_megatron_a_cpu()
+        _redirect_tensor_methods()
         _replace_gpu_only_symbols()
         _correct_torch_adam_in_distributed_optimizer()
     if not has_transformer_engine():
@@ -144,7 +147,17 @@ def _prepare_megatron(name: str) -> None:
     _rotate_packed_sequences_at_once()
 
 
-# ---------------------------------------------------------------- torch.cuda answers for the CPU
+def parameter_device() -> torch.device:
+    """Where this process's parameters live, once Megatron is prepared."""
+    assert _prepared is not None, "call Platform.prepare_megatron() first"
+    return torch.device("cpu") if _prepared == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+
+# ---------------------------------------------------------------- the torch that Megatron sees on CPU
+#
+# Megatron calls torch.cuda unconditionally and writes device="cuda" as a literal. Its modules get a `torch` of
+# their own, whose `cuda` is the CPU; everyone else in the process keeps the real one (transformers, for one,
+# silently fails to build its rotary tables under a replaced torch.tensor).
 
 
 class _Stream:
@@ -184,37 +197,60 @@ class _Event:
         return True
 
 
+class _Replaced:
+    """A module with some of its names replaced."""
+
+    def __init__(self, module: ModuleType, replacements: dict[str, Any]) -> None:
+        self.__dict__.update(replacements, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
 def _returns(value: Any) -> Callable:
-    """A new function each time: torch._dynamo refuses one function object under two names."""
     return lambda *args, **kwargs: value
 
 
-def _answer_for_cuda() -> None:
-    """Megatron calls torch.cuda unconditionally: streams, memory counters, current device, nvtx ranges."""
-    assert not torch.cuda.is_initialized(), "the CPU platform is for processes that use no GPU"
-    cuda: Any = torch.cuda
+class _Generators:
+    """torch.cuda.default_generators, indexed by Megatron with whatever current_device() returned."""
+
+    def __getitem__(self, _device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _cuda_of_a_cpu() -> _Replaced:
+    """torch.cuda with one device, the CPU, whose random generator is the CPU's (random.py:80-110)."""
+    generator = torch.default_generator
+    states = {
+        "get_rng_state": lambda *args, **kwargs: generator.get_state(),
+        "set_rng_state": lambda state, *args, **kwargs: generator.set_state(state),
+    }
+    replacements: dict[str, Any] = {
+        "current_device": _returns(torch.device("cpu")),
+        "device_count": _returns(1),
+        "get_device_capability": _returns((0, 0)),
+        "get_device_name": _returns("cpu"),
+        "is_current_stream_capturing": _returns(False),
+        "memory_stats": lambda *args, **kwargs: {},
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "default_stream": lambda *args, **kwargs: _Stream(),
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "device": lambda *args, **kwargs: contextlib.nullcontext(),
+        "default_generators": _Generators(),
+        "random": _Replaced(torch.cuda.random, states),
+        **states,
+        "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None,
+        "manual_seed_all": lambda seed: generator.manual_seed(int(seed)) and None,
+    }
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect", "init"):
-        setattr(cuda, name, _returns(None))
+        replacements[name] = _returns(None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, _returns(0))
-    cuda._lazy_init = _returns(None)
-    cuda.current_device = _returns(torch.device("cpu"))
-    cuda.device_count = _returns(1)
-    cuda.get_device_capability = _returns((0, 0))
-    cuda.get_device_name = _returns("cpu")
-    cuda.is_current_stream_capturing = _returns(False)
-    cuda.memory_stats = lambda *args, **kwargs: {}
-    cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
-    cuda.stream = cuda.device = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = _returns(None)
-    cuda.nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.amp.custom_fwd = functools.partial(torch.amp.custom_fwd, device_type="cpu")
-
-    def get_device_properties(*args: Any) -> None:
-        raise RuntimeError("no GPU on the CPU platform")  # what torch._inductor expects of such a machine
-
-    cuda.get_device_properties = get_device_properties
+        replacements[name] = _returns(0)
+    ranges = {"range_push": _returns(None), "range_pop": _returns(None), "mark": _returns(None)}
+    replacements["nvtx"] = _Replaced(torch.cuda.nvtx, ranges)
+    return _Replaced(torch.cuda, replacements)
 
 
 def _is_gpu(device: Any) -> bool:
@@ -226,6 +262,8 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable, argument: str = "device") -> Callable:
+    """The function with a GPU as `argument` replaced by the CPU, and without pinned memory."""
+
     @functools.wraps(function)
     def redirected(*args: Any, **kwargs: Any) -> Any:
         if _is_gpu(kwargs.get(argument)):
@@ -236,13 +274,76 @@ def _on_cpu(function: Callable, argument: str = "device") -> Callable:
     return redirected
 
 
-def _redirect_devices() -> None:
-    """Megatron writes device="cuda", .cuda() and pinned buffers as literals (schedules.py:596, clip_grads.py:90)."""
-    names = "tensor as_tensor zeros ones empty full arange rand randn randint eye linspace randperm"
-    for name in names.split() + [f"{kind}_like" for kind in "zeros ones empty full rand randn".split()]:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.load = _on_cpu(torch.load, "map_location")  # type: ignore[assignment]
+def _torch_of_a_cpu() -> _Replaced:
+    """torch whose factories (schedules.py:596, clip_grads.py:90), torch.load and torch.cuda are the CPU's."""
+    names = "tensor as_tensor zeros ones empty full arange rand randn randint eye linspace randperm".split()
+    names += [f"{kind}_like" for kind in "zeros ones empty full rand randn".split()]
+    replacements: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in names}
 
+    def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return dist.barrier(*args, **kwargs)  # parallel_state.py:931; gloo has no device_ids
+
+    replacements["load"] = _on_cpu(torch.load, "map_location")
+    replacements["cuda"] = _cuda_of_a_cpu()
+    replacements["distributed"] = _Replaced(torch.distributed, {"barrier": barrier})
+    return _Replaced(torch, replacements)
+
+
+class _MegatronLoader(Loader):
+    """Loads a Megatron module, then puts the CPU's torch in its global name `torch`."""
+
+    def __init__(self, loader: Loader, seen_torch: _Replaced) -> None:
+        self.loader, self.seen_torch = loader, seen_torch
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        if getattr(module, "torch", None) is torch:
+            module.torch = self.seen_torch  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class _MegatronFinder(MetaPathFinder):
+    """Finds what Python's own finder finds, for Megatron's modules only."""
+
+    def __init__(self) -> None:
+        self.seen_torch = _torch_of_a_cpu()
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not fullname.startswith("megatron."):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _MegatronLoader(spec.loader, self.seen_torch)
+        return spec
+
+
+def _show_megatron_a_cpu() -> None:
+    """Import Megatron with the CPU's torch, and uncompiled: its jit would start a C++ compiler."""
+    early = sorted(name for name in sys.modules if name.startswith("megatron.core"))
+    assert not early, f"{early[0]} was imported before Platform.prepare_megatron()"
+    sys.meta_path.insert(0, _MegatronFinder())
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if model is not None else lambda f: f  # type: ignore
+    try:
+        import megatron.core.jit
+    finally:
+        torch.compile = compile_
+    from megatron.core.tensor_parallel import random
+
+    # Imported by name. Without a GPU torch queues the call for later, and no state would ever be restored.
+    random._lazy_call = lambda call, **kwargs: call()
+    random.device_ctx_manager = lambda *args: contextlib.nullcontext()
+
+
+def _redirect_tensor_methods() -> None:
+    """Methods cannot be replaced for one caller only. They change nothing that works without a GPU, but for
+    Tensor.type() without argument: the optimizers sort parameters by "torch.cuda.FloatTensor" (optimizer.py:671).
+    """
     tensor: Any = torch.Tensor
     tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.record_stream = _returns(None)
@@ -257,54 +358,14 @@ def _redirect_devices() -> None:
         return to(self, *args, **kwargs)
 
     def type_of_gpu(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The optimizers sort parameters by type name, "torch.cuda.FloatTensor" (optimizer.py:671).
         if args or kwargs:
             return type_(self, *args, **kwargs)
         return type_(self).replace("torch.", "torch.cuda.", 1)
 
     tensor.to, tensor.type = to_cpu, type_of_gpu
-    barrier = dist.barrier
-
-    @functools.wraps(barrier)
-    def barrier_of_gloo(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("device_ids", None)  # parallel_state.py:931; gloo has none
-        return barrier(*args, **kwargs)
-
-    dist.barrier = barrier_of_gloo
-
-
-class _CPUGenerators:
-    """torch.cuda.default_generators, indexed by Megatron with whatever current_device() returned."""
-
-    def __getitem__(self, _device: Any) -> torch.Generator:
-        return torch.default_generator
-
-
-def _share_the_random_state() -> None:
-    """The GPU's generator is the CPU's: Megatron's RNG tracker saves and restores it (random.py:80-110)."""
-    cuda: Any = torch.cuda
-    generator = torch.default_generator
-    cuda.default_generators = _CPUGenerators()
-    for module in (cuda, cuda.random):
-        module.get_rng_state = lambda *args, **kwargs: generator.get_state()
-        module.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
-    # Not torch.manual_seed, which calls torch.cuda.manual_seed_all: that would recurse.
-    cuda.manual_seed = lambda seed: generator.manual_seed(int(seed)) and None
-    cuda.manual_seed_all = lambda seed: generator.manual_seed(int(seed)) and None
-    # Without a GPU torch queues the call for later, and the state would never be restored (random.py:12).
-    cuda._lazy_call = lambda call, **kwargs: call()
 
 
 # ---------------------------------------------------------------- Megatron symbols
-
-
-def _import_megatron_uncompiled() -> None:
-    """megatron.core.jit takes torch.compile when it is imported; on CPU that would start a C++ compiler."""
-    compile_ = torch.compile
-    torch.compile = lambda model=None, **kwargs: model if model is not None else lambda f: f  # type: ignore
-    import megatron.core.jit  # noqa: F401
-
-    torch.compile = compile_
 
 
 def _replace_gpu_only_symbols() -> None:

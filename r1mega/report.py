@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     for name in ("config.json", "metrics.jsonl"):
         if not (run_dir / name).is_file():
-            raise FileNotFoundError(f"{run_dir / name} is missing: {run_dir} is not the directory of a run that has started")
+            raise FileNotFoundError(
+                f"{run_dir / name} is missing: {run_dir} is not the directory of a run that has started"
+            )
     config = from_dict(json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
     rows = merge_steps(read_jsonl(run_dir / "metrics.jsonl"))
     samples = read_jsonl(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").is_file() else []
@@ -139,8 +141,13 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _subtitle(config: RunConfig, rows: Sequence[Row]) -> str:
     last = rows[-1]["step"] if rows else 0
-    of = f" of {config.num_steps}" if config.num_steps else ""
-    facts = [f"{config.stage} stage", f"step {last}{of}", f"model {config.model.path}", f"data {config.data.path}"]
+    planned = f", {config.num_steps} planned" if config.num_steps else ""
+    facts = [
+        f"{config.stage} stage",
+        f"last step {last}{planned}",
+        f"model {config.model.path}",
+        f"data {config.data.path}",
+    ]
     seconds = [row["time/step"] for row in rows if row.get("time/step")]
     if seconds:
         facts.append(f"{_duration(sum(seconds))} in steps")
@@ -159,15 +166,13 @@ def _headline(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
         for kind in ("sampled", "greedy")
         if kind in results.get("before", {}) and kind in results.get("after", {})
     ]
-    percent: Callable[[float], str] = lambda value: f"{value:.1%}"
-    plain: Callable[[float], str] = lambda value: f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     for name, label, show in (
-        ("accuracy", "Training accuracy", percent),
-        ("reward", "Mean reward", plain),
-        ("format", "Format rate", percent),
-        ("response_length", "Response length, tokens", plain),
-        ("tokens_per_second", "Tokens per second", plain),
-        ("peak_memory_gib", "Peak memory, GiB", plain),
+        ("accuracy", "Training accuracy", _percent),
+        ("reward", "Mean reward", _plain),
+        ("format", "Format rate", _percent),
+        ("response_length", "Response tokens", _plain),
+        ("tokens_per_second", "Tokens per second", _plain),
+        ("peak_memory_gib", "Peak memory, GiB", _plain),
     ):
         values = [row[name] for row in rows if row.get(name) is not None]
         if not values or (name == "accuracy" and cards):
@@ -181,7 +186,17 @@ def _headline(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join(cards)
 
 
-def _accuracy_card(kind: str, before: Mapping[str, Any], after: Mapping[str, Any], chance: float | None) -> str:
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _accuracy_card(
+    kind: str, before: Mapping[str, Any], after: Mapping[str, Any], chance: float | None
+) -> str:
     """Held-out accuracy before and after on one scale of 0 to 100 %, with intervals and the chance level."""
     marks = "".join(_interval(name, entry) for name, entry in (("before", before), ("after", after)))
     if chance is not None:
@@ -219,7 +234,11 @@ def _facts_table(facts: Mapping[str, Any]) -> str:
     lines = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in _flat(facts, "")
     )
-    return f"<table><tbody>{lines}</tbody></table>" if lines else '<p class="faint">No lineage.json in this run.</p>'
+    return (
+        f"<table><tbody>{lines}</tbody></table>"
+        if lines
+        else '<p class="faint">No lineage.json in this run.</p>'
+    )
 
 
 def _flat(value: Any, name: str) -> Iterable[tuple[str, Any]]:
@@ -253,17 +272,23 @@ def learning_curve_svg(metrics: Sequence[Row], title: str = "R1-Zero: reward ter
         pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not pairs:
             continue
-        for css, values in (("raw", [value for _, value in pairs]), ("mean", running_mean([v for _, v in pairs]))):
+        for css, values in (
+            ("raw", [value for _, value in pairs]),
+            ("mean", running_mean([v for _, v in pairs])),
+        ):
             line = " ".join(point(step, value) for (step, _), value in zip(pairs, values, strict=True))
             body += f'<polyline class="{css} {name}" points="{line}"/>\n'
         body += f'<rect class="{name}" x="{legend}" y="34" width="14" height="4" rx="2"/>'
-        body += f'<text x="{legend + 20}" y="40">{label} (sampled, training)</text>\n'
-        legend += 190
-    for name, css in (("eval/sampled", "dot"), ("eval/greedy", "ring")):
+        body += f'<text x="{legend + 20}" y="40">{label} in training</text>\n'
+        legend += 160
+    for name, label, css in (
+        ("eval/sampled", "held-out, sampled", "dot"),
+        ("eval/greedy", "held-out, greedy", "ring"),
+    ):
         pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if pairs:
-            body += f'<circle class="{css}" cx="{legend + 7}" cy="36" r="4"/><text x="{legend + 18}" y="40">{name}</text>\n'
-            legend += 110
+            body += f'<circle class="{css}" cx="{legend + 7}" cy="36" r="4"/><text x="{legend + 18}" y="40">{label}</text>\n'
+            legend += 150
         for step, value in pairs:
             x, y = point(step, value).split(",")
             body += f'<circle class="{css}" cx="{x}" cy="{y}" r="4"/>\n'
@@ -293,9 +318,14 @@ def _svg_axes(last: int) -> str:
     for tick in range(5):
         step = round(last * tick / 4)
         x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
-        body += f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{step}</text>\n'
+        body += (
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{step}</text>\n'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    return body + f'<text class="tick" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">policy updates</text>\n'
+    return (
+        body
+        + f'<text class="tick" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">policy updates</text>\n'
+    )
 
 
 def _svg_style() -> str:

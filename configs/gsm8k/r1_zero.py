@@ -25,7 +25,7 @@ config = RunConfig(
     parallel=ParallelConfig(tokens_per_chunk=8192),
     optimizer=OptimizerConfig(lr=1e-6, warmup_steps=8),
     rollout=RolloutConfig(temperature=1.0, max_tokens=((0, 1024),)),
-    grpo=GRPOConfig(group_size=8, questions_per_step=32, mini_batches=2, kl_coef=0.001, reference_every=100),
+    grpo=GRPOConfig(group_size=8, questions_per_step=32, kl_coef=0.001, reference_every=100),
     checkpoint=CheckpointConfig(every=20),
     eval=EvalConfig(every=50),
 )

@@ -56,7 +56,10 @@ config = RunConfig(
         tensor_parallel=32,
         temperature=1.0,
         top_p=1.0,  # [open]
-        max_tokens=((0, 32_768), (8_200, 65_536)),  # in force from the first rollout that starts at the step or later
+        max_tokens=(
+            (0, 32_768),
+            (8_200, 65_536),
+        ),  # in force from the first rollout that starts at the step or later
         speculative_tokens=1,  # MTP self-speculation shortens the longest outputs (supplement B.1)
     ),
     grpo=GRPOConfig(

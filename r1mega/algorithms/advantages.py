@@ -46,14 +46,16 @@ def token_weights(lengths: Sequence[int], aggregation: str, max_tokens: int) -> 
     "fixed_length" 1/(N max_tokens) is Dr. GRPO's constant normaliser.
     """
     if min(lengths, default=1) < 1:
-        raise ValueError(f"output {list(lengths).index(min(lengths))} has {min(lengths)} response tokens, need 1 or more")
+        raise ValueError(
+            f"output {list(lengths).index(min(lengths))} has {min(lengths)} response tokens, need 1 or more"
+        )
     count = len(lengths)
     if aggregation == "sequence_mean":
         return [1 / (count * length) for length in lengths]
     if aggregation == "token_mean":
-        return [1 / sum(lengths)] * count
+        return [1 / sum(lengths) for _ in lengths]
     if aggregation == "fixed_length":
-        return [1 / (count * max_tokens)] * count
+        return [1 / (count * max_tokens) for _ in lengths]
     raise ValueError(f"aggregation {aggregation!r} is not one of sequence_mean, token_mean, fixed_length")
 
 

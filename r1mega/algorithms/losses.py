@@ -57,7 +57,9 @@ def grpo_loss(
         metrics["logprob_mismatch_max"] = largest(drift_T.abs())
         metrics["rollout_kl"] = total(k3(masked(current_T - batch.rollout_logprobs_T, mask_T)))
         if config.importance_cap > 0:
-            importance_T = masked(drift_T.clamp(max=MAX_LOG_RATIO).exp().clamp(max=config.importance_cap), mask_T)
+            importance_T = masked(
+                drift_T.clamp(max=MAX_LOG_RATIO).exp().clamp(max=config.importance_cap), mask_T
+            )
             objective_T = objective_T * importance_T
             metrics["importance_weight"] = total(importance_T)
     token_loss_T = -objective_T

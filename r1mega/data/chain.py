@@ -83,7 +83,7 @@ class BaseMix:
             raise ValueError(f"base mix: shares sum to {shares:.3f}, more than 1")
 
 
-WORDS = (
+WORDS = (  # noqa: SIM905 (a sentence reads better than thirty strings)
     "one long summer a quiet river ran past the mill and every child in town came to swim or fish "
     "until dusk when lamps were lit along the bridge"
 ).split()

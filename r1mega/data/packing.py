@@ -50,9 +50,7 @@ def pack(
     ]
 
 
-def pack_indices(
-    lengths: np.ndarray, num_ranks: int, tokens_per_chunk: int, align: int = 1
-) -> ChunkIndices:
+def pack_indices(lengths: np.ndarray, num_ranks: int, tokens_per_chunk: int, align: int = 1) -> ChunkIndices:
     """Which sample goes where: the plan behind `pack`, a function of its arguments alone.
 
     lengths: int64 [n], the positions each sample fills (one less than its tokens).

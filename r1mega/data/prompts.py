@@ -24,7 +24,12 @@ from r1mega.data.chat import template
 from r1mega.rewards.math_answer import boxed
 from r1mega.samples import Prompt
 
-QUESTION_ANSWER = (("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("prompt", "answer"))
+QUESTION_ANSWER = (
+    ("question", "answer"),
+    ("problem", "answer"),
+    ("problem", "solution"),
+    ("prompt", "answer"),
+)
 """Columns tried in this order for questions with reference answers: GSM8K, MATH, MATH with solutions only."""
 
 PROMPT_COMPLETION = (
@@ -189,7 +194,9 @@ def read_documents(
         raise ValueError(f'sft.loss_on="{loss_on}" is neither "response" nor "all"')
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+        raise ValueError(
+            "the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json"
+        )
     to_text = template(data.template)
     pairs = _document_pairs(data, seed)
     heads = _encode([to_text(q) if q else "" for q, _ in pairs], tokenizer, add_special_tokens=True)
@@ -202,7 +209,9 @@ def read_documents(
         if not max_length or len(ids) <= max_length:
             documents.append(Document(ids, tuple(mask)))
     if not documents:
-        raise ValueError(f"{data.path}: all {len(pairs)} documents are longer than sft.max_length={max_length}")
+        raise ValueError(
+            f"{data.path}: all {len(pairs)} documents are longer than sft.max_length={max_length}"
+        )
     return DocumentSet(documents, dropped=len(pairs) - len(documents))
 
 
@@ -359,13 +368,16 @@ def _document_pairs(data: DataConfig, seed: int) -> list[tuple[str, str]]:
     if data.path == "generated:chain-base":
         return base_documents(data.size, data.operations, seed=seed)
     if data.path.startswith("generated:"):
-        raise ValueError(f"data.path={data.path} gives no documents; the generated documents are generated:chain-base")
+        raise ValueError(
+            f"data.path={data.path} gives no documents; the generated documents are generated:chain-base"
+        )
     if not data.path:
         raise ValueError("data.path is empty: name a jsonl, json or parquet file, or generated:chain-base")
     rows = read_rows(data.path)
     prompt, completion = _fields(rows, data, PROMPT_COMPLETION)
     return [
-        (_text(row, prompt, "data.question_field"), _text(row, completion, "data.answer_field")) for row in rows
+        (_text(row, prompt, "data.question_field"), _text(row, completion, "data.answer_field"))
+        for row in rows
     ]
 
 
@@ -385,7 +397,9 @@ def _encode(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> li
     encoded: list[tuple[int, ...]] = []
     for first in range(0, len(texts), ROWS_PER_TOKENIZER_CALL):
         block = texts[first : first + ROWS_PER_TOKENIZER_CALL]
-        ids = tokenizer(block, add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+        ids = tokenizer(block, add_special_tokens=add_special_tokens, return_attention_mask=False)[
+            "input_ids"
+        ]
         encoded += [tuple(row) for row in ids]
     return encoded
 

@@ -20,6 +20,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from r1mega.platforms import parameter_device
+
 
 class GroupedExperts(MegatronModule):
     """SwiGLU experts of one process. Checkpoints are interchangeable with Megatron's SequentialMLP.
@@ -34,7 +36,7 @@ class GroupedExperts(MegatronModule):
         self.expert_group, self.expert_data_group = pg_collection.ep, pg_collection.expt_dp
         self.expert_tensor_group = pg_collection.expt_tp
         hidden = config.moe_ffn_hidden_size // self.expert_tensor_group.size()
-        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        options = {"dtype": config.params_dtype, "device": parameter_device()}
         self.gate_up_EID = torch.nn.Parameter(torch.empty(num_local_experts, 2 * hidden, config.hidden_size, **options))
         self.down_EDI = torch.nn.Parameter(torch.empty(num_local_experts, config.hidden_size, hidden, **options))
         for weight, dim in ((self.gate_up_EID, 1), (self.down_EDI, 2)):

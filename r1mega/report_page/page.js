@@ -58,14 +58,14 @@ function chart(parent, spec) {
   const series = spec.series.filter((entry) => has(entry.key)).map((entry, index) => {
     const values = metrics[entry.key];
     const sparse = values.filter((value) => value !== null).length < values.length / 2;
-    return { label: entry.key, color: `var(--c${(entry.color ?? index) % 10})`, ...entry, values, sparse };
+    return { ...entry, color: `var(--c${(entry.color ?? index) % 10})`, values, sparse };
   });
   if (!series.length) return;
   const format = spec.format || number;
   const caption = make("figcaption", {}, make("span", { class: "name" }, spec.title));
   const readouts = series.map((entry) => {
     const value = make("b", {});
-    caption.append(make("span", { class: "key", style: `--color:${entry.color}` }, entry.label + " ", value));
+    caption.append(make("span", { class: entry.label ? "key" : "key alone", style: `--color:${entry.color}` }, entry.label + " ", value));
     return value;
   });
   const figure = make("figure", { class: "card chart" + (spec.hero ? " hero" : "") }, caption);
@@ -92,7 +92,8 @@ function hover(index) {
 function mark(state) {
   const last = (values) => values.findLast((value) => value !== null);
   state.series.forEach((entry, position) => {
-    const value = hovered === null ? last(entry.values) : entry.values[hovered];
+    const past = entry.sparse ? entry.values.slice(0, hovered + 1) : [entry.values[hovered]];
+    const value = last(hovered === null ? entry.values : past);
     state.readouts[position].textContent = state.format(value);
   });
   state.cursor.replaceChildren();
@@ -178,7 +179,7 @@ function line(state, entry) {
   };
   const common = { fill: "none", stroke: entry.color, "stroke-linejoin": "round" };
   const bold = { ...common, "stroke-width": 2, "stroke-dasharray": entry.dashed ? "6 4" : "none" };
-  if (entry.sparse || smoothing === 0) {
+  if (entry.sparse || entry.exact || smoothing === 0) {
     draw(state.svg, "path", { d: path(entry.values), ...bold });
   } else {
     draw(state.svg, "path", { d: path(entry.values), ...common, "stroke-width": 1, opacity: 0.28 });
@@ -203,20 +204,21 @@ function allCharts() {
   });
   one("Reward", "reward");
   one("Response length (tokens)", "response_length", { min: 0 });
-  chart(curves, {
-    title: "Share of outputs and groups", format: number, min: 0,
-    series: [{ key: "truncated", label: "truncated", color: 3 }, { key: "zero_std_groups", label: "groups without signal", color: 5 }],
-  });
+  one("Truncated outputs", "truncated", { format: percent, min: 0 });
+  one("Groups without signal", "zero_std_groups", { min: 0, note: "all rewards of the group equal: advantage 0" });
   one("KL to the reference", "kl", { min: 0, note: "k3 estimate, nats per token" });
   one("Entropy", "entropy", { note: "nats per token" });
   one("Clip fraction", "clip_fraction", { format: percent, min: 0 });
   one("Gradient norm", "grad_norm", { min: 0 });
   one("Loss", "loss");
-  one("Learning rate", "lr", { min: 0 });
+  one("Negative log-likelihood", "nll", { note: "nats per token" });
+  chart(curves, { title: "Learning rate", min: 0, series: [{ key: "lr", label: "", exact: true }] });
   chart(curves, {
     title: "Engine against trainer", min: 0, note: "|log-prob difference| per sampled token, nats",
     series: [{ key: "logprob_mismatch_mean", label: "mean", color: 0 }, { key: "logprob_mismatch_max", label: "max", color: 3 }],
   });
+  one("KL from the engine's policy", "rollout_kl", { note: "k3 estimate, nats per token" });
+  one("Largest |ratio - 1|", "ratio_deviation_max", { min: 0 });
 
   const times = document.getElementById("times");
   const phases = ["generate", "score", "pack", "train", "sync", "checkpoint"].map((name) => "time/" + name).filter(has);
@@ -225,7 +227,6 @@ function allCharts() {
     title: "Seconds per step, by phase", hero: true, stacked: true, format: seconds, min: 0,
     series: phases.concat(others).map((key) => ({ key, label: key.slice(5) })),
   });
-  chart(times, { title: "Whole step", format: seconds, min: 0, series: [{ key: "time/step", label: "", color: 0 }] });
   chart(times, { title: "Tokens per second", min: 0, series: [{ key: "tokens_per_second", label: "", color: 2 }] });
   chart(times, { title: "Samples per second", min: 0, series: [{ key: "samples_per_second", label: "", color: 2 }] });
   chart(times, { title: "Peak memory (GiB)", min: 0, series: [{ key: "peak_memory_gib", label: "", color: 4 }] });

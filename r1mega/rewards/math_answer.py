@@ -13,6 +13,8 @@ Verdicts: equal | unequal | unparsable | timeout | too_long (here and in the wor
 truncated | memory | fault (scoring.py, workers.py).
 """
 
+# ruff: noqa: RUF001  (look-alike characters are what this module is about)
+
 from __future__ import annotations
 
 import re
@@ -22,6 +24,8 @@ from fractions import Fraction
 
 MAX_ANSWER = 4000
 """Characters; a longer answer is not compared but called too_long."""
+MAX_LAYERS = 8
+"""Delimiters around one another that are unwrapped."""
 MAX_DIGITS = 400
 """Digits and exponent of numbers compared as fractions; longer ones go to sympy and its limits."""
 
@@ -141,7 +145,9 @@ _REWRITES = [
     (re.compile(r"(?:US)?\\\$|\\pounds(?![a-zA-Z])|\\euro(?![a-zA-Z])|[€£¥₹]"), ""),
     (re.compile(r"\\(?:,|;|!)\s*$"), ""),
 ]  # fmt: skip
-_FRAC_SHORT = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|\{([^{}]*)\}\s*(\d)|(\d)\s*\{([^{}]*)\})")
+_FRAC_SHORT = re.compile(
+    r"\\frac(?![a-zA-Z])\s*(?:([\da-z])\s*([\da-z])|\{([^{}]*)\}\s*([\da-z])|([\da-z])\s*\{([^{}]*)\})"
+)
 _SQRT_SHORT = re.compile(r"\\sqrt\s*(\d|[a-z](?![a-zA-Z]))")
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|operatorname|rm|bf)\s*\{([^{}]*)\}"
@@ -175,21 +181,22 @@ def _full_frac(match: re.Match[str]) -> str:
 
 def _undelimited(text: str) -> str:
     r"""Without the delimiters, the \boxed{} and the final full stop that enclose all of the text."""
-    while True:
+    for _ in range(MAX_LAYERS):
         before = text
         text = text.strip()
         if text.endswith(".") and not text.endswith(("..", "\\.")):
             text = text[:-1].rstrip()
         for opening, closing in _DELIMITERS:
-            if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
-                inner = text[len(opening) : -len(closing)]
-                if opening not in inner and closing not in inner and not inner.endswith("\\"):
-                    text = inner
+            inner = text[len(opening) : -len(closing)]
+            enclosed = inner and text.startswith(opening) and text.endswith(closing)
+            if enclosed and opening not in inner and closing not in inner and not inner.endswith("\\"):
+                text = inner
         match = BOXED.match(text)
         if match and _closing_brace(text, match.end()) == len(text) - 1:
             text = text[match.end() : -1]
         if text == before:
-            return text
+            break
+    return text
 
 
 # ---------------------------------------------------------------- exact numbers
@@ -278,7 +285,7 @@ def quantity(text: str) -> Quantity | None:
     match = _NUMBER.fullmatch(text)
     if not match:
         return None
-    rest = (match["rest"] or "").strip().rstrip(".").lower().replace("{", "").replace("}", "").replace(" ^", "^")
+    rest = re.sub(r"[{}]| (?=\^)", "", (match["rest"] or "").strip().rstrip(".").lower())
     percent = rest == "%"
     if rest and not percent and rest not in _UNITS:
         return None
@@ -294,6 +301,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
     groups = match.groupdict()
     if any(g is not None and len(g) > MAX_DIGITS for g in groups.values()):
         return None
+
+    def first(*names: str) -> str:
+        return next(v for v in map(groups.get, names) if v is not None)
+
     if groups["decimal"] is not None:
         exponent = int(groups["tens"] or groups["ten"] or groups["e"] or 0)
         if abs(exponent) > MAX_DIGITS:
@@ -303,8 +314,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         whole, top, bottom = Fraction(0), _decimal(groups["top4"]), _decimal(groups["bottom4"])
     else:
         whole = Fraction(groups["mixed"] or groups["mixed3"] or 0)
-        top = Fraction(next(v for v in (groups["top"], groups["top2"], groups["top3"]) if v is not None))
-        bottom = Fraction(next(v for v in (groups["bottom"], groups["bottom2"], groups["bottom3"]) if v is not None))
+        top, bottom = Fraction(first("top", "top2", "top3")), Fraction(first("bottom", "bottom2", "bottom3"))
     return whole + top / bottom if bottom else None
 
 
@@ -315,6 +325,10 @@ def _decimal(text: str) -> Fraction:
 
 # ---------------------------------------------------------------- comparison
 
+_PLAIN_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+"""A space that does not stand between two digits."""
+_DIGIT_GROUPS = re.compile(r"\d+(?: \d+)+")
 _CLOCK = re.compile(r"\d+(?:\s*:\s*\d+)+(?:\s*[aApP]\.?[mM]\.?)?")
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\.?")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]+")
@@ -327,12 +341,14 @@ def quick_compare(gold: str, pred: str) -> str | None:
     """
     if len(gold) > MAX_ANSWER or len(pred) > MAX_ANSWER:
         return "too_long"
+    if _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(pred):
+        return "equal" if int(gold) == int(pred) else "unequal"
     gold, pred = normalised(gold), normalised(pred)
     if not pred:
         return "unparsable"
-    if gold == pred or gold.replace(" ", "") == pred.replace(" ", ""):
+    if _SPACE.sub("", gold) == _SPACE.sub("", pred):
         return "equal"
-    for same in (_same_quantity, _same_clock, _same_choice, _same_sequence):
+    for same in (_same_quantity, _same_digit_groups, _same_clock, _same_choice, _same_sequence):
         verdict = same(gold, pred)
         if verdict is not None:
             return "equal" if verdict else "unequal"
@@ -349,6 +365,11 @@ def _same_quantity(gold: str, pred: str) -> bool | None:
         part, other = (a.value, b.value) if a.percent else (b.value, a.value)
         return part == other or part / 100 == other
     return a.value == b.value
+
+
+def _same_digit_groups(gold: str, pred: str) -> bool | None:
+    """Digits apart are no number: "1 2" is not 12."""
+    return False if any(_DIGIT_GROUPS.fullmatch(t) and not quantity(t) for t in (gold, pred)) else None
 
 
 def _same_clock(gold: str, pred: str) -> bool | None:
@@ -378,12 +399,9 @@ def _same_sequence(gold: str, pred: str) -> bool | None:
     if a is None or b is None:
         return None
     (open_a, items_a, close_a), (open_b, items_b, close_b) = a, b
-    round_or_square = {"(": "(", "[": "["}
-    if open_a in round_or_square and open_b in round_or_square and len(items_a) == len(items_b) == 2:
-        if (open_a, close_a) != (open_b, close_b):
-            return False
     if (open_a, close_a) != (open_b, close_b):
-        return None
+        pairs = len(items_a) == len(items_b) == 2 and {open_a, open_b} <= {"(", "["}
+        return False if pairs else None
     values_a, values_b = [quantity(i) for i in items_a], [quantity(i) for i in items_b]
     if any(v is None or v.name or v.unit or v.percent for v in values_a + values_b):
         return None

@@ -15,8 +15,8 @@ from typing import Any
 from r1mega.rewards.math_answer import BOXED, MAX_ANSWER, normalised, plain_unicode, quick_compare
 
 FLOAT_DIGITS = 12
-TAIL = 1000
-"""Characters of a longer text that are searched for its final \\boxed{}."""
+WINDOW = 800
+"""Characters kept on either side of the last \\boxed{ of a text that is too long."""
 PROSE_WORDS = 3
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _OVERLINE = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
@@ -62,7 +62,11 @@ def _verified(gold_values: list[Any], pred_values: list[Any]) -> bool:
 
     return bool(
         verify(
-            gold_values, pred_values, float_rounding=FLOAT_DIGITS, timeout_seconds=None, allow_set_relation_comp=True
+            gold_values,
+            pred_values,
+            float_rounding=FLOAT_DIGITS,
+            timeout_seconds=None,
+            allow_set_relation_comp=True,
         )
     )
 
@@ -72,12 +76,15 @@ def _same_number(gold_values: list[Any], pred_values: list[Any]) -> bool:
     import sympy
 
     a, b = gold_values[0], pred_values[0]
-    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
+    if not all(isinstance(x, sympy.Expr) and not isinstance(x, sympy.MatrixExpr) for x in (a, b)):
         return False
-    a, b = _with_constants(a).doit(), _with_constants(b).doit()
-    if a.free_symbols or b.free_symbols or a.has(sympy.Float) or b.has(sympy.Float):
-        return False
-    return bool((a - b).equals(0))
+    try:
+        a, b = _with_constants(a).doit(), _with_constants(b).doit()
+        if a.free_symbols or b.free_symbols or a.has(sympy.Float) or b.has(sympy.Float):
+            return False
+        return bool((a - b).equals(0))
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+        return False  # what sympy raises on expressions that mean nothing: not shown to be equal
 
 
 def _with_constants(expression: Any) -> Any:
@@ -95,8 +102,11 @@ def _periodic(match: re.Match[str]) -> str:
 
 
 def _tail(text: str) -> str:
-    """The end of a long text when its last box is there (a whole solution); else the text."""
-    return text[-TAIL:] if len(text) > MAX_ANSWER and BOXED.search(text, len(text) - TAIL) else text
+    """The surroundings of the last box of a long text (a whole solution); else the text."""
+    if len(text) <= MAX_ANSWER:
+        return text
+    starts = [match.start() for match in BOXED.finditer(text)]
+    return text[max(0, starts[-1] - WINDOW) : starts[-1] + WINDOW] if starts else text
 
 
 def _has_delimiters(text: str) -> bool:

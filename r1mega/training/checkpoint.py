@@ -14,12 +14,14 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from r1mega.models.language_model import LanguageModel
 from r1mega.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from r1mega.models.language_model import LanguageModel
 
 _NAME = re.compile(r"step-(\d{8})")
 

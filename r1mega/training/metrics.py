@@ -40,9 +40,8 @@ class Recorder:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's numbers, with the wall time in seconds since 1970; a NaN or infinity is null."""
         values = {name: float(value) for name, value in metrics.items()}
-        line = {"step": step, "time": round(time.time(), 3)}
-        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        _append(self._metrics, line)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        _append(self._metrics, {"step": step, "time": round(time.time(), 3)} | finite)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()

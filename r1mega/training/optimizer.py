@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from r1mega.config import OptimizerConfig, ParallelConfig
-from r1mega.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from r1mega.models.language_model import LanguageModel
 
 
 class NonFiniteGradient(RuntimeError):

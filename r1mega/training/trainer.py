@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from torch import Tensor
 from r1mega import platforms
 from r1mega.algorithms.losses import Metrics, combine, grpo_loss, sft_loss
 from r1mega.config import RunConfig
-from r1mega.models.hf_weights import export_hf, import_hf, load_hf_config, named_hf_tensors
-from r1mega.models.language_model import TokenOutputs, build_model
 from r1mega.parallel.mesh import destroy_mesh, init_mesh
 from r1mega.samples import PackedBatch
 from r1mega.training import checkpoint
 from r1mega.training.optimizer import Optimizer
+
+if TYPE_CHECKING:  # r1mega.models imports Megatron, which Platform.prepare_megatron must meet first
+    from r1mega.models.language_model import LanguageModel, TokenOutputs
 
 
 class GateFailed(RuntimeError):
@@ -47,7 +48,9 @@ class Trainer:
             int(os.environ["MASTER_PORT"]),
             config.sync.timeout_seconds,
         )
-        self.mesh = init_mesh(config.parallel)
+        from r1mega.models.hf_config import load_hf_config
+
+        self.mesh = init_mesh(config.parallel, seed=config.seed)
         self.hf_config = load_hf_config(config.model.path)
         self.model = self._build()
         needs_reference = config.stage == "rl" and config.grpo.kl_coef > 0
@@ -56,7 +59,10 @@ class Trainer:
             self.reference.requires_grad_(False)
         self.optimizer = Optimizer(self.model, config.optimizer, config.parallel, config.num_steps)
 
-    def _build(self):
+    def _build(self) -> LanguageModel:
+        from r1mega.models.hf_weights import import_hf
+        from r1mega.models.language_model import build_model
+
         config = self.config
         model = build_model(self.hf_config, config.model, config.parallel, seed=config.seed).to(self.device)
         if config.model.init == "checkpoint":
@@ -188,6 +194,8 @@ class Trainer:
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors in Hugging Face names; collective, every rank must drain it."""
+        from r1mega.models.hf_weights import named_hf_tensors
+
         return named_hf_tensors(self.model)
 
     def save(self, root: str, step: int, state: dict[str, Any]) -> str:
@@ -201,6 +209,8 @@ class Trainer:
 
     def export(self, path: str) -> None:
         """Write a Hugging Face directory that transformers and vLLM load."""
+        from r1mega.models.hf_weights import export_hf
+
         export_hf(self.model, path, self.config.model.path)
 
     def close(self) -> None:

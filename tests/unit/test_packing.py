@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,7 @@ def make_samples(lengths: list[int], *, optional: bool = True) -> list[Sample]:
 
 def sequences_of(batch: PackedBatch) -> list[slice]:
     bounds = batch.cu_seqlens_S.tolist()
-    slices = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+    slices = [slice(a, b) for a, b in pairwise(bounds)]
     return slices[:-1] if batch.num_padding else slices
 
 
@@ -160,7 +162,9 @@ def test_fields_that_no_sample_has_stay_none():
 
 
 def test_a_sample_longer_than_a_chunk_is_named():
-    with pytest.raises(ValueError, match=r"sequence 1 has 16 tokens, a chunk holds 12; raise tokens_per_chunk"):
+    with pytest.raises(
+        ValueError, match=r"sequence 1 has 16 tokens, a chunk holds 12; raise tokens_per_chunk"
+    ):
         pack(make_samples([5, 17, 3]), 1, 15, align=4)
 
 
@@ -174,5 +178,5 @@ def test_unusable_samples_are_named():
     short = Sample(np.arange(4), np.ones(3, np.float32), np.ones(2, np.float32))
     with pytest.raises(ValueError, match="sample 0 has 4 tokens and 2 token_weights; it needs 3"):
         pack([short], 1, 16)
-    with pytest.raises(ValueError, match="tokens_per_chunk is 3 .* multiple of 4"):
+    with pytest.raises(ValueError, match=r"tokens_per_chunk is 3 .* multiple of 4"):
         pack(make_samples([3]), 1, 3, align=4)

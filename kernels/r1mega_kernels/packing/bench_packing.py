@@ -62,26 +62,39 @@ def measure(name: str, lengths: np.ndarray, capacity: int, repeats: int, python_
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=1_000_000)
-    parser.add_argument("--capacity", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--python-sequences", type=int, default=20_000)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    print(f"{args.sequences:,} sequences into chunks of {args.capacity:,} tokens")
+def run(
+    num_sequences: int = 1_000_000,
+    capacity: int = 32768,
+    repeats: int = 7,
+    python_sequences: int = 20_000,
+) -> list[dict]:
+    """Prints the table and returns its rows."""
+    print(f"{num_sequences:,} sequences into chunks of {capacity:,} tokens")
     print(f"{'lengths':26}{'C++ ms':>8}{'bins':>9}{'bound':>9}{'over':>9}{'Python ms*':>12}{'ratio':>7}")
     rows = []
-    for name, lengths in draw_lengths(args.sequences, args.capacity).items():
-        row = measure(name, lengths, args.capacity, args.repeats, args.python_sequences)
+    for name, lengths in draw_lengths(num_sequences, capacity).items():
+        row = measure(name, lengths, capacity, repeats, python_sequences)
         rows.append(row)
         print(
             f"{name:26}{row['milliseconds']:8.1f}{row['bins']:9}{row['lower_bound']:9}"
             f"{row['over_bound_percent']:8.4f}%{row['python_milliseconds_extrapolated']:12.0f}"
             f"{row['speedup']:6.0f}x"
         )
-    print(f"* measured on {min(args.python_sequences, args.sequences):,} sequences, scaled linearly")
+    print(f"* measured on {min(python_sequences, num_sequences):,} sequences, scaled linearly")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sequences", type=int, default=1_000_000)
+    parser.add_argument("--capacity", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--python-sequences", type=int, default=20_000)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    args = parser.parse_args()
+    rows = run(args.sequences, args.capacity, args.repeats, args.python_sequences)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
 

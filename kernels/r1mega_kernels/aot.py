@@ -1,0 +1,124 @@
+"""Compiles every Triton kernel to sm_90 on a machine without a GPU, and checks what came out.
+
+    python -m r1mega_kernels.aot
+
+What it asserts: kernels that multiply matrices use Hopper's wgmma instructions, and no kernel spills
+registers to local memory. What it cannot show: that they run, and how fast.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SM90 = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_LIMIT = 227 * 1024
+"""Bytes one block of threads can have on sm_90."""
+
+
+@dataclass(frozen=True)
+class AheadOfTime:
+    """One kernel with the types and constants it is compiled for."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    """Run-time argument -> Triton type: "*bf16", "*i64", "i32", "fp32"."""
+    constants: dict[str, Any]
+    """tl.constexpr argument -> value."""
+    divisible_by_16: tuple[str, ...]
+    """Arguments known to be multiples of 16 (addresses, sizes); without it loads are not vectorised."""
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool
+    """Whether the kernel must come out with wgmma instructions."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    seconds: float
+    num_wgmma: int
+    registers: int
+    stack_bytes: int
+    """Local memory per thread: spilled registers."""
+    shared_bytes: int
+
+
+def compile_for_sm90(specification: AheadOfTime) -> Compiled:
+    """Raises AssertionError when the code lacks wgmma where it needs it, spills, or wants too much memory."""
+    names = specification.kernel.arg_names
+    source = ASTSource(
+        specification.kernel,
+        signature={name: specification.types.get(name, "constexpr") for name in names},
+        constexprs=specification.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specification.divisible_by_16},
+    )
+    options = {"num_warps": specification.num_warps, "num_stages": specification.num_stages}
+    start = time.perf_counter()
+    binary = triton.compile(source, target=SM90, options=options)
+    seconds = time.perf_counter() - start
+    registers, stack_bytes = _resource_usage(binary.asm["cubin"])
+    compiled = Compiled(
+        specification.name,
+        seconds,
+        binary.asm["ptx"].count("wgmma.mma_async"),
+        registers,
+        stack_bytes,
+        binary.metadata.shared,
+    )
+    assert compiled.num_wgmma > 0 or not specification.tensor_cores, f"{compiled}: no wgmma instruction"
+    assert compiled.stack_bytes == 0, f"{compiled}: registers spilled to local memory"
+    assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT, f"{compiled}: more than {SHARED_MEMORY_LIMIT} bytes"
+    return compiled
+
+
+def all_kernels() -> list[AheadOfTime]:
+    from r1mega_kernels.linear_logprob import kernel as linear_logprob
+
+    return linear_logprob.ahead_of_time()
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) per thread, as the disassembler inside the Triton wheel reports them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert usage, f"cuobjdump reported no resource usage:\n{report}"
+    return int(usage[1]), int(usage[2])
+
+
+def main() -> int:
+    print(f"{'kernel':46}{'seconds':>8}{'wgmma':>7}{'registers':>11}{'stack':>7}{'shared':>9}")
+    failures = 0
+    for specification in all_kernels():
+        try:
+            row = compile_for_sm90(specification)
+        except AssertionError as error:
+            failures += 1
+            print(f"FAILED {error}", file=sys.stderr)
+            continue
+        print(
+            f"{row.name:46}{row.seconds:8.1f}{row.num_wgmma:7}{row.registers:11}"
+            f"{row.stack_bytes:7}{row.shared_bytes:9}"
+        )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Ray, and the only place that knows it: plain classes become processes placed on a laptop or a cluster.
+
+A worker is a process that holds one object of a plain class. Its environment (threads, rank, addresses) is
+set before the class, and so torch, is imported there. Exceptions arrive in the driver as they were raised,
+with the worker's traceback as their cause. Nothing is restarted: what fails ends the run, by name.
+
+Processes end with the driver however it ends: a normal end stops Ray, and cluster_watch.py does it for a
+driver that was killed. On a joined cluster Ray itself ends a lost driver's workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import cloudpickle
+
+from r1mega import cluster_watch
+from r1mega.config import ConfigError, RunConfig
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Shared memory for messages between local processes; pages are taken only as they are used."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class WorkerDied(RuntimeError):
+    """A worker's process is gone; the message names it."""
+
+
+# ---------------------------------------------------------------- start and stop
+
+
+@contextmanager
+def start(config: RunConfig) -> Iterator[None]:
+    """Join the Ray cluster at RAY_ADDRESS, or start a private one on this machine; always leave or stop it.
+
+    A private cluster has its own ports and its own folder, so that runs at the same time do not meet.
+    Raises ConfigError when there is no cluster at RAY_ADDRESS.
+    """
+    if _is_local():
+        with _private_folder() as folder:
+            _init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _temp_dir=folder,
+                # Idle workers started ahead cost a core for seconds, and none has the environment we need.
+                _system_config={"prestart_worker_first_driver": False},
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        return
+    try:
+        _init(address=os.environ["RAY_ADDRESS"])
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: start it (ray start --head), "
+            "or unset RAY_ADDRESS to run on this machine alone"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    assert not ray.is_initialized(), "cluster.start is entered once at a time"
+    # A dead worker rises as WorkerDied; without this Ray also prints a paragraph about it to standard output.
+    ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """Ray's folder, watched over; under /tmp because Unix socket paths end at 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="r1mega-", dir="/tmp")
+    command = [sys.executable, "-IS", cluster_watch.__file__, str(os.getpid()), folder]
+    watcher = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+    os.environ[cluster_watch.VARIABLE] = folder
+    try:
+        yield folder
+    finally:
+        del os.environ[cluster_watch.VARIABLE]
+        cluster_watch.end_all(folder)
+        watcher.kill()
+        watcher.wait()
+
+
+def _is_local() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+# ---------------------------------------------------------------- in the worker
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way to the driver: the original, and the worker's traceback as text."""
+
+    error: Exception
+    traceback: str
+
+
+def _failure(error: Exception) -> _Failure:
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception with a constructor of its own: keep its name and message
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return _Failure(error, text)
+
+
+class _Worker:
+    """The Ray actor around one object. Every synchronous call, the constructor included, runs in one thread."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
+        self._object: Any = None
+
+    async def where(self) -> tuple[str, str, int]:
+        """(node id, address, a free port there)."""
+        address = "127.0.0.1" if _is_local() else ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return ray.get_runtime_context().get_node_id(), address, probe.getsockname()[1]
+
+    async def construct(self, build: bytes, env: Mapping[str, str]) -> None | _Failure:
+        def construct() -> None:
+            os.environ.update(env)
+            cls, args, kwargs = cloudpickle.loads(build)
+            self._object = cls(*args, **kwargs)
+
+        return await self._guard(asyncio.get_running_loop().run_in_executor(self._thread, construct))
+
+    async def call(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        bound = getattr(self._object, method)
+        if inspect.iscoroutinefunction(bound):
+            return await self._guard(bound(*args, **kwargs))
+        loop = asyncio.get_running_loop()
+        return await self._guard(loop.run_in_executor(self._thread, lambda: bound(*args, **kwargs)))
+
+    async def stream(self, method: str, args: tuple, kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+        try:
+            async for item in getattr(self._object, method)(*args, **kwargs):
+                yield item
+        except Exception as error:
+            yield _failure(error)
+
+    async def _guard(self, work: Any) -> Any:
+        try:
+            return await work
+        except Exception as error:
+            return _failure(error)
+
+
+# ---------------------------------------------------------------- in the driver
+
+
+class _WorkerTraceback(Exception):
+    """The cause of an exception from a worker: where it happened there."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+class Handle:
+    """A worker, called like the object it holds: `await handle.method(...)`, `async for x in handle.stream(...)`.
+
+    Whether a method streams is read off the class: an async generator does.
+    """
+
+    def __init__(self, actor: Any, cls: type, name: str):
+        self._actor, self._cls, self._name = actor, cls, name
+        self._ready: Any = None
+
+    def __repr__(self) -> str:
+        return f"<{self._name}>"
+
+    async def ready(self) -> None:
+        """Wait for the constructor; raises its exception."""
+        await self._result(self._ready)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_") or not hasattr(self._cls, method):
+            raise AttributeError(f"{self._cls.__name__} has no method {method!r}")
+        streams = inspect.isasyncgenfunction(getattr(self._cls, method))
+        return lambda *args, **kwargs: (self._stream if streams else self._call)(method, args, kwargs)
+
+    async def _call(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return await self._result(self._actor.call.remote(method, args, kwargs))
+
+    async def _stream(self, method: str, args: tuple, kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+        items = self._actor.stream.options(num_returns="streaming").remote(method, args, kwargs)
+        try:
+            async for reference in items:
+                yield await self._result(reference)
+        except ray.exceptions.RayActorError as error:
+            raise self._died(error) from None
+
+    async def _result(self, reference: Any) -> Any:
+        try:
+            value = await reference
+        except ray.exceptions.RayActorError as error:
+            raise self._died(error) from None
+        if isinstance(value, _Failure):
+            value.error.add_note(f"in {self._name}")
+            raise value.error from _WorkerTraceback(value.traceback)
+        return value
+
+    def _died(self, error: Exception) -> WorkerDied:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "exit" in line.lower()), lines[0] if lines else "no reason given")
+        return WorkerDied(f"{self._name} died: {reason[:300]}")
+
+
+def origin(error: BaseException) -> str:
+    """The worker that raised `error`, as "trainer rank 1"; empty when it was raised here."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith("in ")]
+    return notes[0].removeprefix("in ") if notes else ""
+
+
+def spawn(
+    cls: type,
+    *args: Any,
+    name: str,
+    cpus: float = 1,
+    gpus: float = 0,
+    threads: int = 1,
+    env: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Handle:
+    """Start a process that builds `cls(*args, **kwargs)`; returns at once, `await handle.ready()` waits.
+
+    `threads` bounds OpenMP and BLAS (Ray would set 1). `cpus` and `gpus` are reserved on a cluster; on this
+    machine alone only `gpus` are, for phases take turns on its cores.
+    """
+    handle = _start_process(cls, name, cpus, gpus)
+    _construct(handle, args, kwargs, threads, env or {})
+    return handle
+
+
+def _start_process(cls: type, name: str, cpus: float, gpus: float) -> Handle:
+    options = {"num_cpus": 0 if _is_local() else cpus, "num_gpus": gpus, "max_concurrency": 1000}
+    return Handle(ray.remote(_Worker).options(**options).remote(), cls, name)
+
+
+def _construct(handle: Handle, args: tuple, kwargs: dict, threads: int, env: Mapping[str, str]) -> None:
+    env = {**dict.fromkeys(THREAD_VARIABLES, str(threads)), **env}
+    build = cloudpickle.dumps((handle._cls, args, kwargs))
+    handle._ready = handle._actor.construct.remote(build, env)
+
+
+def kill(handle: Handle) -> None:
+    """End the worker's process now."""
+    ray.kill(handle._actor)
+
+
+class WorkerGroup:
+    """Single program, multiple data: one worker per rank, called together.
+
+    Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment; ranks of one
+    machine are neighbours. LOCAL_RANK counts the devices the process can see: with GPUs each sees only its
+    own, so it is 0 there.
+    """
+
+    def __init__(self, workers: Sequence[Handle]):
+        self.workers = list(workers)
+
+    @classmethod
+    async def create(
+        cls,
+        worker_cls: type,
+        *args: Any,
+        size: int,
+        name: str,
+        cpus: float = 1,
+        gpus: float = 0,
+        threads: int = 1,
+        env: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> WorkerGroup:
+        """Start `size` workers and wait for their constructors, which may run collectives."""
+        handles = [_start_process(worker_cls, name, cpus, gpus) for _ in range(size)]
+        places = await asyncio.gather(*(handle._result(handle._actor.where.remote()) for handle in handles))
+        order = sorted(range(size), key=lambda i: places[i][0])
+        nodes = [places[i][0] for i in order]
+        _, address, port = places[order[0]]
+        group = cls([handles[i] for i in order])
+        for rank, handle in enumerate(group.workers):
+            handle._name = f"{name} rank {rank}"
+            local_rank = 0 if gpus else nodes[:rank].count(nodes[rank])
+            ranks = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_PORT": port}
+            rank_env = {key: str(value) for key, value in ranks.items()} | {"MASTER_ADDR": address}
+            _construct(handle, args, kwargs, threads, rank_env | dict(env or {}))
+        await _first_failure([handle.ready() for handle in group.workers])
+        return group
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`method` on every rank with the same arguments; results in rank order.
+
+        The first failure ends the wait and rises (`origin` tells the rank); the other ranks may still be
+        inside a collective, so the group is of no more use.
+        """
+        return await _first_failure([getattr(worker, method)(*args, **kwargs) for worker in self.workers])
+
+    async def scatter(self, method: str, per_rank: Sequence[tuple]) -> list[Any]:
+        """`method(*per_rank[r])` on rank r; results in rank order. Failures as in `call`."""
+        assert len(per_rank) == len(self.workers), f"{len(per_rank)} argument tuples, {len(self.workers)} ranks"
+        calls = [getattr(worker, method)(*args) for worker, args in zip(self.workers, per_rank, strict=True)]
+        return await _first_failure(calls)
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            kill(worker)
+
+
+async def _first_failure(calls: Sequence[Any]) -> list[Any]:
+    """Results in order, or the first exception as soon as it happens; the other waits are cancelled."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

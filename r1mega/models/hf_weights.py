@@ -1,0 +1,287 @@
+"""Weights between Hugging Face checkpoints, Megatron's parameters and the rollout engines, by one table.
+
+Import reads only this process's part of each tensor. Export and sync gather whole tensors, one at a time, in
+the table's order on every rank. Export is bit-exact to import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from r1mega.models.hf_config import load_hf_config
+from r1mega.models.weight_table import Region, Weight, regions
+from r1mega.parallel.mesh import Mesh, current_mesh
+
+if TYPE_CHECKING:
+    from r1mega.models.language_model import LanguageModel
+
+__all__ = ["check_table", "draw", "export_hf", "fill_with_nan", "import_hf", "load_hf_config", "named_hf_tensors"]
+
+INDEX = "model.safetensors.index.json"
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Buffers of old checkpoints that the config determines."""
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, without the names Megatron's DDP wrapper adds."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name.removeprefix("module."): tensor.detach() for name, tensor in tensors.items()}
+
+
+def check_table(model: LanguageModel) -> None:
+    """Assert that the table names every parameter and nothing else."""
+    named = {weight.parameter for weight in model.weight_table}
+    parameters = {name for name, _ in model.named_parameters()}
+    assert parameters <= named, f"parameters without a name: {sorted(parameters - named)[:5]}"
+    missing = named - set(tensors_of(model))
+    assert not missing, f"names without a parameter: {sorted(missing)[:5]}"
+
+
+def fill_with_nan(model: LanguageModel) -> None:
+    """So that a forgotten import shows at once."""
+    tensors = tensors_of(model)
+    for weight in model.weight_table:
+        tensors[weight.parameter].fill_(float("nan"))
+
+
+def _held(
+    model: LanguageModel, mesh: Mesh, tensors: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[Weight, Region, Tensor]]:
+    """Every HF tensor this process holds a part of: its row, the region, and the part itself (a view)."""
+    tensors = tensors_of(model) if tensors is None else tensors
+    for weight in model.weight_table:
+        if weight.parameter not in tensors:
+            continue
+        parameter = tensors[weight.parameter]
+        for region in regions(weight, tuple(parameter.shape), mesh):
+            yield weight, region, region.of(parameter)
+
+
+def draw(model: LanguageModel, mesh: Mesh, std: float, seed: int) -> None:
+    """Random weights: normal with `std`, norms 1, biases 0. Each HF tensor has a seed of its own, made of its
+    name and `seed`, so every layout draws the same model."""
+    for weight, region, part in _held(model, mesh):
+        if weight.constant is not None:
+            part.fill_(weight.constant)
+            continue
+        digest = hashlib.sha256(f"{seed} {region.hf_name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        whole = torch.empty(region.hf_shape).normal_(0.0, std, generator=generator)
+        part.copy_(whole.narrow(region.dim, region.start, region.length).reshape(part.shape))
+
+
+# ---------------------------------------------------------------- import
+
+
+def _files_of(path: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    if (path / INDEX).is_file():
+        names = json.loads((path / INDEX).read_text())["weight_map"]
+        return {name: path / file for name, file in names.items()}
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{path}: neither {INDEX} nor model.safetensors is there")
+    with safe_open(single, framework="pt") as file:
+        return {name: single for name in file.keys()}
+
+
+def import_hf(model: LanguageModel, path: str | Path) -> None:
+    """Fill the model from the safetensors in `path`, converting dtypes to the model's.
+
+    Raises FileNotFoundError without weights there; ValueError, before anything is read, when tensors are
+    missing, unexpected or of another shape, with how many and the first names.
+    """
+    path = Path(path)
+    files = _files_of(path)
+    held = list(_held(model, current_mesh()))
+    _check_names(path, files, model)
+    handles: dict[Path, Any] = {}
+    for _, region, _ in held:
+        file = files[region.hf_name]
+        handles.setdefault(file, safe_open(file, framework="pt"))
+    slices = {region.hf_name: handles[files[region.hf_name]].get_slice(region.hf_name) for _, region, _ in held}
+    _check_shapes(path, slices, [region for _, region, _ in held])
+    for _, region, part in held:
+        span = slice(region.start, region.start + region.length)
+        read = slices[region.hf_name]
+        part.copy_((read[span] if region.dim == 0 else read[:, span]).reshape(part.shape))
+
+
+def _check_names(path: Path, files: dict[str, Path], model: LanguageModel) -> None:
+    experts = range(model.hf_config.get("n_routed_experts") or 0)
+    expected: set[str] = set()
+    allowed: set[str] = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
+    for weight in model.weight_table:
+        allowed.update(weight.copies)
+        for name in weight.hf:
+            expected.update([name.format(expert=e) for e in experts] if "{expert}" in name else [name])
+    found = {name for name in files if not name.endswith(IGNORED_SUFFIXES)}
+    problems = []
+    for what, names in (("missing", expected - found), ("unexpected", found - expected - allowed)):
+        if names:
+            problems.append(f"{len(names)} {what} tensors, first {min(names)}")
+    if problems:
+        advice = ""
+        mtp = f"model.layers.{model.hf_config['num_hidden_layers']}."
+        if any(name.startswith(mtp) for name in (expected - found)):
+            advice = "; a checkpoint without its MTP layer needs num_nextn_predict_layers 0 in config.json"
+        raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}{advice}")
+
+
+def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> None:
+    wrong = []
+    for region in held:
+        shape, dtype = tuple(slices[region.hf_name].get_shape()), slices[region.hf_name].get_dtype()
+        if dtype not in ("F32", "BF16", "F16", "F64"):
+            raise ValueError(f"{path}: {region.hf_name} has dtype {dtype}; convert the checkpoint to BF16 first")
+        if shape != region.hf_shape:
+            wrong.append(f"{region.hf_name} is {list(shape)}, not {list(region.hf_shape)}")
+    if wrong:
+        raise ValueError(f"{path} does not fit its config.json: {len(wrong)} misshaped tensors, first {min(wrong)}")
+
+
+# ---------------------------------------------------------------- export and sync
+
+
+def named_hf_tensors(
+    model: LanguageModel, tensors: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model, whole, under its HF name, in the same order on every rank.
+
+    `tensors` replaces the model's own by others of their names and shapes (gradients, optimizer state); names
+    it lacks, on every rank alike, are left out.
+
+    A collective over the tensor, expert and expert_tensor axes: every rank must exhaust it. Tensors are
+    contiguous, have the model's dtype (the router's correction bias float32) and may share the parameters'
+    memory: copy what must outlive the next optimizer step.
+    """
+    mesh = current_mesh()
+    for weight, region, part in _held(model, mesh, tensors):
+        whole = _whole(part.reshape(region.shape), region, mesh)
+        if not weight.kind.startswith("expert") or mesh.expert_size == 1:
+            yield region.hf_name, whole
+            for copy in weight.copies:
+                yield copy, whole
+            continue
+        experts = _gather(whole, mesh.expert_group)
+        here = _expert_number(region.hf_name)
+        for rank, tensor in enumerate(experts):
+            number = here + (rank - mesh.expert_rank) * _experts_per_rank(model, mesh)
+            yield region.hf_name.replace(f".experts.{here}.", f".experts.{number}."), tensor
+
+
+def _whole(part: Tensor, region: Region, mesh: Mesh) -> Tensor:
+    if region.axis is None or getattr(mesh, f"{region.axis}_size") == 1:
+        return part.contiguous()
+    return torch.cat(_gather(part, getattr(mesh, f"{region.axis}_group")), dim=region.dim)
+
+
+def _gather(part: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts
+
+
+def _expert_number(hf_name: str) -> int:
+    return int(hf_name.split(".experts.")[1].split(".")[0])
+
+
+def _experts_per_rank(model: LanguageModel, mesh: Mesh) -> int:
+    return model.hf_config["n_routed_experts"] // mesh.expert_size
+
+
+def export_hf(
+    model: LanguageModel, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write a Hugging Face model directory that transformers and vLLM load; a collective, rank 0 writes.
+
+    Weights in shards of at most `max_shard_bytes` (a larger tensor alone), an index, config.json (the
+    source's, with the dtype written and what vLLM needs), and the source's other small files (tokenizer,
+    generation config). Everything is written beside `path` and renamed onto it.
+    """
+    path = Path(path)
+    writer = dist.get_rank() == 0
+    scratch = None
+    if writer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _write_shards(named_hf_tensors(model), scratch, max_shard_bytes)
+    if scratch is not None:
+        _write_config(model, scratch)
+        _copy_small_files(Path(source_dir), scratch)
+        _replace_directory(scratch, path)
+    dist.barrier()
+
+
+def _write_shards(named: Iterator[tuple[str, Tensor]], scratch: Path | None, max_shard_bytes: int) -> None:
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        if scratch is not None and shard:
+            save_file(shard, scratch / f"part-{len(shards):05d}", metadata={"format": "pt"})
+            shards.append(list(shard))
+        shard, size = {}, 0
+
+    for name, tensor in named:
+        if scratch is None:
+            continue
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > max_shard_bytes:
+            flush()
+        shard[name] = tensor.to("cpu", copy=True)  # copies of one tensor may not share memory in a file
+        size, total = size + nbytes, total + nbytes
+    flush()
+    if scratch is None:
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(scratch / f"part-{i:05d}", scratch / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(model: LanguageModel, scratch: Path) -> None:
+    config = {name: value for name, value in model.hf_config.items() if name != "quantization_config"}
+    dtype = str(model.config.params_dtype).removeprefix("torch.")
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if config["model_type"] == "deepseek_v3":  # vLLM asks for them, transformers does not write them
+        config["topk_method"], config["scoring_func"] = "noaux_tc", "sigmoid"
+    (scratch / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _copy_small_files(source: Path, scratch: Path) -> None:
+    """Tokenizer, generation config, chat template, licence: everything that is neither weights nor config."""
+    for file in sorted(source.iterdir()) if source.is_dir() else []:
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != "config.json":
+            shutil.copyfile(file, scratch / file.name)
+
+
+def _replace_directory(scratch: Path, path: Path) -> None:
+    """rename(2) replaces no directory that has files: an old one steps aside first."""
+    scratch.chmod(0o755)
+    old = scratch.with_name(scratch.name + ".old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(scratch, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
