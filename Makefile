@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 TORCH := torch==2.13.0
 # Where the machine's own package index has no CPU build of torch, PyTorch publishes one here.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
-PIP := $(PY) -m pip install --quiet --no-deps --no-compile --disable-pip-version-check
+PIP := $(PY) -m pip install --quiet --no-deps --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(PROFILE)
 EXTENSION := kernels/r1mega_kernels/.built
 # Tiny models: more threads only fight each other.

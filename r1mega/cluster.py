@@ -132,11 +132,16 @@ def _failure(error: Exception) -> _Failure:
 
 
 class _Worker:
-    """The Ray actor around one object. Every synchronous call, the constructor included, runs in one thread."""
+    """The Ray actor around one object. Every synchronous call, the constructor included, runs in one thread.
+
+    Calls that come before the constructor is done wait for it, and fail as it failed.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
+        self._built = asyncio.Event()
         self._object: Any = None
+        self._unbuilt: _Failure | None = None
 
     async def where(self) -> tuple[str, str, int]:
         """(node id, address, a free port there)."""
@@ -145,27 +150,45 @@ class _Worker:
             probe.bind((address, 0))
             return ray.get_runtime_context().get_node_id(), address, probe.getsockname()[1]
 
-    async def construct(self, build: bytes, env: Mapping[str, str]) -> None | _Failure:
-        def construct() -> None:
+    async def construct(
+        self, build: bytes, env: Mapping[str, str], search_path: Sequence[str]
+    ) -> _Failure | None:
+        def construct() -> Any:
             os.environ.update(env)
+            sys.path.extend(path for path in search_path if path not in sys.path)
             cls, args, kwargs = cloudpickle.loads(build)
-            self._object = cls(*args, **kwargs)
+            return cls(*args, **kwargs)
 
-        return await self._guard(asyncio.get_running_loop().run_in_executor(self._thread, construct))
+        result = await self._guard(self._in_thread(construct))
+        if isinstance(result, _Failure):
+            self._unbuilt = result
+        else:
+            self._object = result
+        self._built.set()
+        return self._unbuilt
 
     async def call(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        await self._built.wait()
+        if self._unbuilt is not None:
+            return self._unbuilt
         bound = getattr(self._object, method)
         if inspect.iscoroutinefunction(bound):
             return await self._guard(bound(*args, **kwargs))
-        loop = asyncio.get_running_loop()
-        return await self._guard(loop.run_in_executor(self._thread, lambda: bound(*args, **kwargs)))
+        return await self._guard(self._in_thread(lambda: bound(*args, **kwargs)))
 
     async def stream(self, method: str, args: tuple, kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+        await self._built.wait()
+        if self._unbuilt is not None:
+            yield self._unbuilt
+            return
         try:
             async for item in getattr(self._object, method)(*args, **kwargs):
                 yield item
         except Exception as error:
             yield _failure(error)
+
+    def _in_thread(self, function: Callable[[], Any]) -> Any:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _guard(self, work: Any) -> Any:
         try:
@@ -230,7 +253,9 @@ class Handle:
 
     def _died(self, error: Exception) -> WorkerDied:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines if "exit" in line.lower()), lines[0] if lines else "no reason given")
+        reason = next(
+            (line for line in lines if "exit" in line.lower()), lines[0] if lines else "no reason given"
+        )
         return WorkerDied(f"{self._name} died: {reason[:300]}")
 
 
@@ -268,7 +293,7 @@ def _start_process(cls: type, name: str, cpus: float, gpus: float) -> Handle:
 def _construct(handle: Handle, args: tuple, kwargs: dict, threads: int, env: Mapping[str, str]) -> None:
     env = {**dict.fromkeys(THREAD_VARIABLES, str(threads)), **env}
     build = cloudpickle.dumps((handle._cls, args, kwargs))
-    handle._ready = handle._actor.construct.remote(build, env)
+    handle._ready = handle._actor.construct.remote(build, env, sys.path)
 
 
 def kill(handle: Handle) -> None:
@@ -326,7 +351,9 @@ class WorkerGroup:
 
     async def scatter(self, method: str, per_rank: Sequence[tuple]) -> list[Any]:
         """`method(*per_rank[r])` on rank r; results in rank order. Failures as in `call`."""
-        assert len(per_rank) == len(self.workers), f"{len(per_rank)} argument tuples, {len(self.workers)} ranks"
+        assert len(per_rank) == len(self.workers), (
+            f"{len(per_rank)} argument tuples, {len(self.workers)} ranks"
+        )
         calls = [getattr(worker, method)(*args) for worker, args in zip(self.workers, per_rank, strict=True)]
         return await _first_failure(calls)
 

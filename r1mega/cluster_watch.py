@@ -7,6 +7,7 @@ of that private cluster and removes its folder. Only the standard library, so th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -49,10 +50,8 @@ def end_all(folder: str) -> None:
         if not found:
             break
         for pid in found:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(PAUSE_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -62,6 +62,22 @@ class Platform:
             timeout=timedelta(seconds=timeout_seconds),
         )
 
+    def join_group(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
+        """A process group of its own, beside the default one: its members meet at `store` (weight sync)."""
+        timeout = timedelta(seconds=timeout_seconds)
+        group = dist.ProcessGroup(store, rank, world_size)
+        if self.name == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            backend, kind = dist.ProcessGroupNCCL(store, rank, world_size, options), dist.ProcessGroup.BackendType.NCCL
+        else:
+            backend = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+            kind = dist.ProcessGroup.BackendType.GLOO
+        backend._set_sequence_number_for_group()
+        group._set_default_backend(kind)
+        group._register_backend(torch.device(self.device), kind, backend)
+        return group
+
     def peak_memory_bytes(self) -> int:
         """Peak device memory of this process (CPU: its peak resident set)."""
         if self.name == "cuda":
@@ -141,6 +157,7 @@ def _prepare_megatron(name: str) -> None:
         _show_megatron_a_cpu()
         _redirect_tensor_methods()
         _replace_gpu_only_symbols()
+        _split_unevenly_by_all_to_all()
         _correct_torch_adam_in_distributed_optimizer()
     if not has_transformer_engine():
         _duplicate_down_projections()
@@ -387,6 +404,33 @@ def _replace_gpu_only_symbols() -> None:
         init(self, fp8 or None)  # random.py:636 takes the default False for "fp8 is on" and calls Transformer Engine
 
     CheckpointWithoutOutput.__init__ = init_without_fp8
+
+
+def _split_unevenly_by_all_to_all() -> None:
+    """gloo gathers and reduce-scatters equal parts only; experts divided over expert_tensor ranks that hold
+    different numbers of tokens need unequal ones (mappings.py:150, :196)."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather_equal, reduce_scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(part: Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return gather_equal(part, group, None, use_global_buffer)
+        whole = part.new_empty(sum(sizes), *part.shape[1:])
+        copies = part.repeat(group.size(), *[1] * (part.dim() - 1))
+        dist.all_to_all_single(whole, copies, list(sizes), [part.shape[0]] * group.size(), group=group)
+        return whole
+
+    def reduce_scatter(whole: Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter_equal(whole, group, None, use_global_buffer)
+        size = sizes[group.rank()]
+        parts = whole.new_empty(size * group.size(), *whole.shape[1:])
+        dist.all_to_all_single(parts, whole.contiguous(), [size] * group.size(), list(sizes), group=group)
+        return parts.unflatten(0, (group.size(), size)).sum(dim=0)
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter
 
 
 def _correct_torch_adam_in_distributed_optimizer() -> None:

@@ -93,19 +93,25 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def mesh_of(parallel: ParallelConfig, rank: int = 0, port: int = 0) -> Iterator[Any]:
-    """Prepare Megatron, join a process group and make the mesh; leave both afterwards."""
+def process_group(rank: int = 0, world_size: int = 1, port: int = 0) -> Iterator[None]:
+    """Prepare Megatron and join a process group; leave it afterwards."""
     platforms.CPU.prepare_megatron()
-    from r1mega.parallel import mesh
-
     platforms.CPU.set_threads(1)
-    world_size = parallel.tensor * parallel.data
     platforms.CPU.init_process_group(rank, world_size, "127.0.0.1", port or free_port(), timeout_seconds=60)
     try:
-        yield mesh.init_mesh(parallel, seed=1)
-        mesh.destroy_mesh()
+        yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def mesh_of(parallel: ParallelConfig, rank: int = 0, port: int = 0) -> Iterator[Any]:
+    """Join a process group and make the mesh; leave both afterwards."""
+    with process_group(rank, parallel.tensor * parallel.data, port):
+        from r1mega.parallel import mesh
+
+        yield mesh.init_mesh(parallel, seed=1)
+        mesh.destroy_mesh()
 
 
 def packed(lengths: list[int], vocab_size: int, seed: int) -> PackedBatch:

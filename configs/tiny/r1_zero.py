@@ -18,7 +18,7 @@ config = RunConfig(
     platform="cpu",
     num_steps=60,
     model=ModelConfig(path="runs/tiny/base/hf", dtype="float32"),
-    data=DataConfig(path="generated:chain", template="tiny_zero", operations=4, size=20_000, eval_size=256),
+    data=DataConfig(path="generated:chain", template="tiny_zero", max_prompt_tokens=64, operations=4, size=20_000),
     grpo=GRPOConfig(group_size=16, questions_per_step=16, kl_coef=0.001, reference_every=0),
     rollout=RolloutConfig(
         engines=2, max_tokens=((0, 64),), dtype="float32", kv_cache_gib=0.25, max_concurrent=128

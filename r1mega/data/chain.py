@@ -22,6 +22,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from r1mega.config import ConfigError
+
 CHANCE = 0.1
 """Accuracy of answering a random digit, the chance level of reports. Zero is the commonest answer
 (17.7 % of the problems, because products with 0, 2, 5 end in it), so greedy decoding may earn a little more."""
@@ -80,7 +82,7 @@ class BaseMix:
     def __post_init__(self) -> None:
         shares = self.facts + self.words + self.copies + self.untagged + self.direct
         if shares > 1.0:
-            raise ValueError(f"base mix: shares sum to {shares:.3f}, more than 1")
+            raise ConfigError(f"base mix: shares sum to {shares:.3f}, more than 1")
 
 
 WORDS = (  # noqa: SIM905 (a sentence reads better than thirty strings)
@@ -115,7 +117,7 @@ def problem_at(index: int, operations: int) -> ChainProblem:
 
 
 def chain_problems(count: int, operations: int, *, seed: int, heldout: bool) -> list[ChainProblem]:
-    """`count` distinct problems of one side of the split, in random order; ValueError where there are too few."""
+    """`count` distinct problems of one side of the split, in random order; ConfigError where there are too few."""
     check_operations(operations)
     total = num_problems(operations)
     rng = random.Random(f"chain problems {seed} {heldout}")
@@ -123,7 +125,7 @@ def chain_problems(count: int, operations: int, *, seed: int, heldout: bool) -> 
         side = [p for p in (problem_at(i, operations) for i in range(total)) if p.held_out == heldout]
         if count > len(side):
             kind = "held-out" if heldout else "training"
-            raise ValueError(
+            raise ConfigError(
                 f"generated:chain has {len(side)} {kind} problems of {operations} operations, {count} asked; "
                 "raise data.operations or lower data.size and data.eval_size"
             )
@@ -162,7 +164,7 @@ def worked(problem: ChainProblem, rng: random.Random, noise: float) -> tuple[str
 
 def check_operations(operations: int) -> None:
     if not 1 <= operations <= MAX_OPERATIONS:
-        raise ValueError(f"data.operations={operations} is not between 1 and {MAX_OPERATIONS}")
+        raise ConfigError(f"data.operations={operations} is not between 1 and {MAX_OPERATIONS}")
 
 
 def _documents(operations: int, rng: random.Random, mix: BaseMix) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from r1mega.config import ConfigError
+
 Template = Callable[[str], str]
 
 R1_ZERO = (
@@ -43,9 +45,9 @@ TEMPLATES: dict[str, Template] = {"r1_zero": r1_zero, "tiny_zero": tiny_zero, "p
 
 
 def template(name: str) -> Template:
-    """The template of that name; ValueError naming the nearest ones for an unknown name."""
+    """The template of that name; ConfigError naming the nearest ones for an unknown name."""
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1)
         hint = f'; did you mean "{near[0]}"?' if near else ""
-        raise ValueError(f'data.template="{name}" is not one of {", ".join(sorted(TEMPLATES))}{hint}')
+        raise ConfigError(f'data.template="{name}" is not one of {", ".join(sorted(TEMPLATES))}{hint}')
     return TEMPLATES[name]

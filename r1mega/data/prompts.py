@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1mega.config import DataConfig
+from r1mega.config import ConfigError, DataConfig
 from r1mega.data.chain import base_documents, chain_problems
 from r1mega.data.chat import template
 from r1mega.rewards.math_answer import boxed
@@ -95,7 +95,7 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, position: int = 0) -> None:
         if not prompts:
-            raise ValueError("no prompts to draw from")
+            raise ConfigError("no prompts to draw from")
         self.prompts = prompts
         self.seed = seed
         self.position = position
@@ -128,10 +128,10 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> PromptStream:
-        """The stream where `state` was taken; ValueError when the prompts or the seed are not the same."""
+        """The stream where `state` was taken; ConfigError when the prompts or the seed are not the same."""
         for name, value in self.state().items():
             if name != "position" and state[name] != value:
-                raise ValueError(
+                raise ConfigError(
                     f"the checkpoint's prompt order has {name}={state[name]}, this run {value}: "
                     "the data or the seed changed; start a new run directory"
                 )
@@ -157,7 +157,7 @@ def read_prompts(data: DataConfig, tokenizer: Any, *, seed: int) -> PromptSet:
     `tokenizer` is a Hugging Face tokenizer. `seed` matters to generated data only: files keep their
     order (PromptStream shuffles). With `data.eval_path`, at most `eval_size` of its rows are taken
     (0: all).
-    Raises ValueError or FileNotFoundError, each saying what, where and how to mend it.
+    Raises ConfigError or FileNotFoundError, each saying what, where and how to mend it.
     """
     to_text = template(data.template)
     if data.path == "generated:chain":
@@ -169,7 +169,7 @@ def read_prompts(data: DataConfig, tokenizer: Any, *, seed: int) -> PromptSet:
     train_prompts = _tokenised(kept, to_text, tokenizer, data.max_prompt_tokens)
     heldout_prompts = _tokenised(heldout, to_text, tokenizer, data.max_prompt_tokens)
     if not train_prompts:
-        raise ValueError(
+        raise ConfigError(
             f"{data.path}: none of {len(train)} training prompts is left ({len(train) - len(kept)} repeat held-out "
             f"questions, {len(kept)} are longer than data.max_prompt_tokens={data.max_prompt_tokens})"
         )
@@ -191,10 +191,10 @@ def read_documents(
     everything. Documents of more than `max_length` tokens are dropped and counted (0: no limit).
     """
     if loss_on not in ("response", "all"):
-        raise ValueError(f'sft.loss_on="{loss_on}" is neither "response" nor "all"')
+        raise ConfigError(f'sft.loss_on="{loss_on}" is neither "response" nor "all"')
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError(
+        raise ConfigError(
             "the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json"
         )
     to_text = template(data.template)
@@ -209,7 +209,7 @@ def read_documents(
         if not max_length or len(ids) <= max_length:
             documents.append(Document(ids, tuple(mask)))
     if not documents:
-        raise ValueError(
+        raise ConfigError(
             f"{data.path}: all {len(pairs)} documents are longer than sft.max_length={max_length}"
         )
     return DocumentSet(documents, dropped=len(pairs) - len(documents))
@@ -219,7 +219,7 @@ def final_answer(text: str, where: str, column: str) -> str:
     """The reference answer in a data file's answer text.
 
     GSM8K: what follows the last "####"; MATH: the last \\boxed{...}; else the text itself, which a column
-    named "solution" may not be. ValueError when there is none.
+    named "solution" may not be. ConfigError when there is none.
     """
     if "####" in text:
         answer = text.rsplit("####", 1)[1].strip()
@@ -230,7 +230,7 @@ def final_answer(text: str, where: str, column: str) -> str:
     else:
         answer = text.strip()
     if not answer:
-        raise ValueError(
+        raise ConfigError(
             f"{where}: no final answer in column {column!r}: {text[-60:]!r}; it must end in '#### answer', hold "
             "\\boxed{answer} or be the answer; set data.answer_field= to another column or remove the row"
         )
@@ -244,10 +244,10 @@ def read_rows(path: str, name: str = "data.path") -> list[Row]:
         raise FileNotFoundError(f"{name}={path}: no such file")
     suffixes = [s.lower() for s in file.suffixes[-2:] if s]
     if file.is_dir() or not suffixes or suffixes[-1] not in (".jsonl", ".ndjson", ".json", ".gz", ".parquet"):
-        raise ValueError(f"{name}={path}: not a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file")
+        raise ConfigError(f"{name}={path}: not a .jsonl, .json, .jsonl.gz, .json.gz or .parquet file")
     rows = list(_parquet_rows(file) if suffixes[-1] == ".parquet" else _json_rows(file))
     if not rows:
-        raise ValueError(f"{name}={path}: the file has no rows")
+        raise ConfigError(f"{name}={path}: the file has no rows")
     return rows
 
 
@@ -256,12 +256,12 @@ def _json_rows(file: Path) -> Iterator[Row]:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix.lower() == ".gz" else raw).decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
+        raise ConfigError(f"{file}: not readable as UTF-8 text: {error}") from error
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+            raise ConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
         for index, item in enumerate(items):
             yield _row(f"{file} row {index + 1}", index, item)
         return
@@ -271,7 +271,9 @@ def _json_rows(file: Path) -> Iterator[Row]:
             try:
                 item = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+                raise ConfigError(
+                    f"{file}:{number}: not JSON: {error.msg} at column {error.colno}"
+                ) from error
             yield _row(f"{file}:{number}", index, item)
             index += 1
 
@@ -283,14 +285,14 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a parquet file: {error}") from error
+        raise ConfigError(f"{file}: not a parquet file: {error}") from error
     for index, item in enumerate(table.to_pylist()):
         yield _row(f"{file} row {index + 1}", index, item)
 
 
 def _row(where: str, index: int, item: Any) -> Row:
     if not isinstance(item, dict):
-        raise ValueError(f"{where}: {type(item).__name__} instead of an object with named columns")
+        raise ConfigError(f"{where}: {type(item).__name__} instead of an object with named columns")
     return Row(where, index, item)
 
 
@@ -304,7 +306,7 @@ def _fields(rows: list[Row], data: DataConfig, known: Sequence[tuple[str, str]])
         if question in columns and answer in columns:
             return question, answer
     tried = ", ".join(f"{question}+{answer}" for question, answer in known)
-    raise ValueError(
+    raise ConfigError(
         f"{rows[0].where}: columns are {', '.join(map(str, columns)) or 'none'}; known pairs are {tried}; "
         "set data.question_field= and data.answer_field="
     )
@@ -312,14 +314,14 @@ def _fields(rows: list[Row], data: DataConfig, known: Sequence[tuple[str, str]])
 
 def _text(row: Row, column: str, setting: str) -> str:
     if column not in row.columns:
-        raise ValueError(
+        raise ConfigError(
             f"{row.where}: no column {column!r}; columns are {', '.join(map(str, row.columns))}; set {setting}="
         )
     value = row.columns[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{row.where}: column {column!r} is {value!r}, not a text; mend or remove the row")
+        raise ConfigError(f"{row.where}: column {column!r} is {value!r}, not a text; mend or remove the row")
     return value
 
 
@@ -338,17 +340,19 @@ def _question_answers(path: str, data: DataConfig, name: str) -> list[QuestionAn
 
 def _split(data: DataConfig) -> tuple[list[QuestionAnswer], list[QuestionAnswer]]:
     if data.path.startswith("generated:"):
-        raise ValueError(f"data.path={data.path} gives no prompts; the generated prompts are generated:chain")
+        raise ConfigError(
+            f"data.path={data.path} gives no prompts; the generated prompts are generated:chain"
+        )
     if not data.path:
-        raise ValueError("data.path is empty: name a jsonl, json or parquet file, or generated:chain")
+        raise ConfigError("data.path is empty: name a jsonl, json or parquet file, or generated:chain")
     if data.eval_size < 0:
-        raise ValueError(f"data.eval_size={data.eval_size} is negative")
+        raise ConfigError(f"data.eval_size={data.eval_size} is negative")
     train = _question_answers(data.path, data, "data.path")
     if data.eval_path:
         heldout = _question_answers(data.eval_path, data, "data.eval_path")
         return train, heldout[: data.eval_size or None]
     if data.eval_size >= len(train):
-        raise ValueError(
+        raise ConfigError(
             f"{data.path}: data.eval_size={data.eval_size} leaves nothing of {len(train)} rows to train on; "
             "lower it or set data.eval_path="
         )
@@ -368,11 +372,11 @@ def _document_pairs(data: DataConfig, seed: int) -> list[tuple[str, str]]:
     if data.path == "generated:chain-base":
         return base_documents(data.size, data.operations, seed=seed)
     if data.path.startswith("generated:"):
-        raise ValueError(
+        raise ConfigError(
             f"data.path={data.path} gives no documents; the generated documents are generated:chain-base"
         )
     if not data.path:
-        raise ValueError("data.path is empty: name a jsonl, json or parquet file, or generated:chain-base")
+        raise ConfigError("data.path is empty: name a jsonl, json or parquet file, or generated:chain-base")
     rows = read_rows(data.path)
     prompt, completion = _fields(rows, data, PROMPT_COMPLETION)
     return [

@@ -48,9 +48,9 @@ class GroupedExperts(MegatronModule):
         if tokens_ND.shape[0] == 0:  # keeps every weight in the graph: a gradient of zero, not a missing one
             return tokens_ND + 0.0 * (self.gate_up_EID.sum() + self.down_EDI.sum()), None
         offsets_E = tokens_per_expert_E.to(tokens_ND.device).cumsum(0).to(torch.int32)
-        gate_NI, up_NI = torch._grouped_mm(tokens_ND, self.gate_up_EID.mT, offs=offsets_E).chunk(2, dim=-1)
+        gate_NI, up_NI = _grouped_linear(tokens_ND, self.gate_up_EID, offsets_E).chunk(2, dim=-1)
         hidden_NI = F.silu(gate_NI) * up_NI * probs_N[:, None].to(tokens_ND.dtype)
-        return torch._grouped_mm(hidden_NI, self.down_EDI.mT, offs=offsets_E), None
+        return _grouped_linear(hidden_NI, self.down_EDI, offsets_E), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; there are none here."""
@@ -76,6 +76,17 @@ class GroupedExperts(MegatronModule):
             f"{prefix}gate_up_EID": sharded("linear_fc1", self.gate_up_EID),
             f"{prefix}down_EDI": sharded("linear_fc2", self.down_EDI),
         }
+
+
+def _grouped_linear(rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """Row n times the weight of its expert: expert e has rows up to offsets_E[e]. Returns [N, O].
+
+    torch's grouped product wants every row to start on 16 bytes; odd sizes go one expert at a time.
+    """
+    if all(size * rows_NI.element_size() % 16 == 0 for size in weight_EOI.shape[1:]):
+        return torch._grouped_mm(rows_NI, weight_EOI.mT, offs=offsets_E)
+    counts = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, weight) for rows, weight in zip(rows_NI.split(counts), weight_EOI, strict=True)])
 
 
 class GroupLimitedRouter(TopKRouter):

@@ -205,7 +205,7 @@ function allCharts() {
   one("Reward", "reward");
   one("Response length (tokens)", "response_length", { min: 0 });
   one("Truncated outputs", "truncated", { format: percent, min: 0 });
-  one("Groups without signal", "zero_std_groups", { min: 0, note: "all rewards of the group equal: advantage 0" });
+  one("Groups without signal", "zero_std_groups", { format: percent, min: 0, note: "all rewards of the group equal: advantage 0" });
   one("KL to the reference", "kl", { min: 0, note: "k3 estimate, nats per token" });
   one("Entropy", "entropy", { note: "nats per token" });
   one("Clip fraction", "clip_fraction", { format: percent, min: 0 });

@@ -18,6 +18,10 @@ FLOAT_DIGITS = 12
 WINDOW = 800
 """Characters kept on either side of the last \\boxed{ of a text that is too long."""
 PROSE_WORDS = 3
+EVALUATED_DIGITS = 30
+"""Numbers that differ in the first half of these digits are not tried symbolically."""
+MAX_NESTING = 40
+"""Brackets open at once; the parser's time grows steeply with them and no answer needs so many."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _OVERLINE = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
@@ -31,6 +35,8 @@ def compare(gold: str, pred: str) -> str:
     quick = quick_compare(gold, pred)
     if quick is not None:
         return quick
+    if max(_nesting(gold), _nesting(pred)) > MAX_NESTING:
+        return "unparsable"
     gold_values, pred_values = _parsed(gold), _parsed(pred)
     if not pred_values or not gold_values:
         return "unparsable"
@@ -82,6 +88,8 @@ def _same_number(gold_values: list[Any], pred_values: list[Any]) -> bool:
         a, b = _with_constants(a).doit(), _with_constants(b).doit()
         if a.free_symbols or b.free_symbols or a.has(sympy.Float) or b.has(sympy.Float):
             return False
+        if abs((a - b).evalf(EVALUATED_DIGITS)) > 10.0 ** -(EVALUATED_DIGITS // 2):
+            return False
         return bool((a - b).equals(0))
     except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
         return False  # what sympy raises on expressions that mean nothing: not shown to be equal
@@ -107,6 +115,18 @@ def _tail(text: str) -> str:
         return text
     starts = [match.start() for match in BOXED.finditer(text)]
     return text[max(0, starts[-1] - WINDOW) : starts[-1] + WINDOW] if starts else text
+
+
+def _nesting(text: str) -> int:
+    """The most brackets open at once (a closing one too many is not counted)."""
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+    return deepest
 
 
 def _has_delimiters(text: str) -> bool:

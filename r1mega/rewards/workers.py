@@ -27,6 +27,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from r1mega.config import ConfigError
+
 HEADER_BYTES = 4
 TICK_SECONDS = 0.02
 """How often CPU times are read while somebody works."""
@@ -91,7 +93,7 @@ class WorkerPool:
         wall_seconds: float | None = None,
     ) -> None:
         if size < 1:
-            raise ValueError(f"rewards.workers={size}: at least one worker process is needed")
+            raise ConfigError(f"rewards.workers={size}: at least one worker process is needed")
         self.size = size
         self.cpu_seconds = cpu_seconds
         self.memory_mib = memory_mib

@@ -178,7 +178,7 @@ class ReinforcementLearning:
             await self._publish()
         elapsed = time.monotonic() - began
         times, self.times = self.times, {}
-        metrics = rollout_metrics(scored) | combine_reports(reports)
+        metrics = rollout_metrics(scored) | combine_reports(reports, config.grpo.mini_batches)
         tokens = sum(len(item.rollout.response_ids) for item in scored)
         return scored, metrics | {
             "zero_std_groups": credit.num_zero_std / max(1, credit.num_groups),

@@ -15,14 +15,16 @@ from r1mega.samples import ScoredRollout
 GIB = 1 << 30
 
 
-def combine_reports(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of one update from every rank's report (Trainer.rl_update, sft_update)."""
+def combine_reports(reports: Sequence[dict[str, Any]], num_updates: int = 1) -> dict[str, float]:
+    """Metrics of `num_updates` optimizer steps from every rank's report (Trainer.rl_update, sft_update)."""
     counted = [
         {key: torch.tensor(value, dtype=torch.float64) for key, value in report["totals"].items()}
         for report in reports
         if report["counted"]
     ]
-    return summarise(combine(counted)) | {
+    metrics = summarise(combine(counted))
+    return metrics | {
+        "loss": metrics["loss"] / num_updates,
         "grad_norm": reports[0]["grad_norm"],
         "lr": reports[0]["lr"],
         "peak_memory_gib": max(report["peak_memory_bytes"] for report in reports) / GIB,

@@ -86,13 +86,16 @@ class Optimizer:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-        finalize_model_grads([self.ddp])
+        biases = {name: b.clone() for name, b in self.ddp.named_buffers() if name.endswith("expert_bias")}
+        finalize_model_grads([self.ddp])  # reduces the gradients, and moves the routers' biases
         lr = learning_rate(step, self.config, self.total_steps)
         for group in self.megatron.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         found_inf = self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm() or 0.0)
         if found_inf or not math.isfinite(norm):
+            for name, bias in biases.items():
+                self.ddp.get_buffer(name).copy_(bias)
             raise NonFiniteGradient(
                 f"step {step}: the gradient norm is {norm}; the weights were not changed. "
                 "Lower optimizer.lr or look at the last rows of samples.jsonl"

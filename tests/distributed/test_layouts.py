@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import DEEPSEEK_V3, LLAMA, QWEN2, free_port, mesh_of, packed
+from tiny_models import DEEPSEEK_V3, LLAMA, QWEN2, free_port, mesh_of, packed, process_group
 
 from r1mega.config import ModelConfig, ParallelConfig
 
@@ -65,12 +65,14 @@ def training_step(config: dict[str, Any], parallel: ParallelConfig, data_rank: i
     return {"loss": loss, "weights": weights, "gradients": {name: g.clone() for name, g in gradients.items()}}
 
 
-def work(rank: int, names: list[str], directory: str, ports: list[int]) -> None:
-    for name, port in zip(names, ports, strict=True):
-        model, parallel = LAYOUTS[name]
-        with mesh_of(parallel, rank, port) as mesh:
-            result = training_step(MODELS[model], parallel, mesh.data_rank)
-            torch.save(result, Path(directory) / f"{name} {rank}.pt")
+def two_processes(rank: int, directory: str, port: int) -> None:
+    from r1mega.parallel import mesh
+
+    with process_group(rank, 2, port):
+        for name, (model, parallel) in LAYOUTS.items():
+            place = mesh.init_mesh(parallel, seed=1)
+            torch.save(training_step(MODELS[model], parallel, place.data_rank), Path(directory) / f"{name} {rank}.pt")
+            mesh.destroy_mesh()
 
 
 def one_process(_rank: int, directory: str, port: int) -> None:
@@ -84,7 +86,7 @@ def results(tmp_path_factory) -> Path:
     """All layouts in one pair of processes, and each model in one process."""
     directory = tmp_path_factory.mktemp("layouts")
     mp.spawn(one_process, (str(directory), free_port()), nprocs=1)
-    mp.spawn(work, (list(LAYOUTS), str(directory), [free_port() for _ in LAYOUTS]), nprocs=2)
+    mp.spawn(two_processes, (str(directory), free_port()), nprocs=2)
     return directory
 
 

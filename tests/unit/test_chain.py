@@ -63,9 +63,11 @@ def test_no_seed_puts_a_problem_on_both_sides(operations: int) -> None:
 
 
 def test_asking_for_more_problems_than_there_are_says_what_to_change() -> None:
-    with pytest.raises(ValueError, match=r"training problems of 1 operations, 400 asked; raise data.operations"):
+    with pytest.raises(
+        ValueError, match=r"training problems of 1 operations, 400 asked; raise data.operations"
+    ):
         chain_problems(400, 1, seed=1, heldout=False)
-    with pytest.raises(ValueError, match="data.operations=0"):
+    with pytest.raises(ValueError, match=r"data.operations=0"):
         chain_problems(1, 0, seed=1, heldout=False)
 
 

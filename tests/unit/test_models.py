@@ -19,6 +19,7 @@ CASES = {
     "no q_lora": {**DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "no norm_topk_prob": {**DEEPSEEK_V3, "norm_topk_prob": False, "topk_group": 3, "n_shared_experts": 2},
     "one expert": {**DEEPSEEK_V3, "num_experts_per_tok": 1, "first_k_dense_replace": 0, "norm_topk_prob": False},
+    "odd sizes": {**DEEPSEEK_V3, "moe_intermediate_size": 7, "n_routed_experts": 6, "n_group": 2, "v_head_dim": 5},
     "qwen2 tied": QWEN2,
     "qwen2": {**QWEN2, "tie_word_embeddings": False, "num_key_value_heads": 4},
     "llama3 scaling": LLAMA,

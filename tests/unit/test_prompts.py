@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_the_r1_zero_template_is_the_papers_paragraph() -> None:
 
 
 def test_an_unknown_template_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match='data.template="r1zero".*did you mean "r1_zero"'):
+    with pytest.raises(ValueError, match=r'data.template="r1zero".*did you mean "r1_zero"'):
         template("r1zero")
 
 
@@ -82,10 +81,12 @@ def test_an_unknown_template_names_the_nearest() -> None:
 
 
 def test_gsm8k_and_math_columns_are_found_by_themselves(tmp_path: Path, tokenizer: Any) -> None:
-    rows = {
+    rows: dict[str, list[Any]] = {
         "gsm8k": [{"question": "q", "answer": "6 * 3 = 18\n#### 18"}],
         "math": [{"problem": "q", "answer": "\\frac{1}{2}", "difficulty": 3.0}],
-        "solutions": [{"problem": "q", "solution": "so $\\boxed{\\frac{1}{2}}$ it is \\boxed{\\frac{3}{4}}."}],
+        "solutions": [
+            {"problem": "q", "solution": "so $\\boxed{\\frac{1}{2}}$ it is \\boxed{\\frac{3}{4}}."}
+        ],
     }
     wanted = {"gsm8k": "18", "math": "\\frac{1}{2}", "solutions": "\\frac{3}{4}"}
     for name, items in rows.items():
@@ -127,14 +128,18 @@ def test_the_published_files_are_read_whole(tokenizer: Any) -> None:
         (SHARED / "data/math/math500.jsonl", 500),
         (SHARED / "data/math/aime2024.jsonl", 30),
     ):
-        prompts = read_prompts(DataConfig(path=str(path), eval_size=10, max_prompt_tokens=10**6), tokenizer, seed=1)
+        prompts = read_prompts(
+            DataConfig(path=str(path), eval_size=10, max_prompt_tokens=10**6), tokenizer, seed=1
+        )
         assert len(prompts.train) + len(prompts.heldout) + prompts.duplicates == count
 
 
 # ---------------------------------------------------------------- splits
 
 
-def test_the_last_rows_are_held_out_and_their_questions_leave_training(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_last_rows_are_held_out_and_their_questions_leave_training(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     rows = questions(30)
     rows[3] = {"question": " what  is 29?", "answer": "#### 29"}  # repeats the last row but for spaces
     data = DataConfig(path=write(tmp_path / "x.jsonl", rows), eval_size=10)
@@ -160,8 +165,10 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, token
     data = DataConfig(path=path, eval_size=0, max_prompt_tokens=100, template="plain")
     prompts = read_prompts(data, tokenizer, seed=1)
     assert ([len(p.token_ids) for p in prompts.train], prompts.dropped) == ([5, 50], 1)
-    with pytest.raises(ValueError, match="longer than data.max_prompt_tokens=4"):
-        read_prompts(DataConfig(path=path, eval_size=0, max_prompt_tokens=4, template="plain"), tokenizer, seed=1)
+    with pytest.raises(ValueError, match=r"longer than data.max_prompt_tokens=4"):
+        read_prompts(
+            DataConfig(path=path, eval_size=0, max_prompt_tokens=4, template="plain"), tokenizer, seed=1
+        )
 
 
 def test_generated_prompts_repeat_with_the_seed_and_do_not_overlap(tokenizer: Any) -> None:
@@ -301,7 +308,7 @@ def test_documents_over_the_limit_are_dropped_and_counted(tmp_path: Path, tokeni
     data = DataConfig(path=write(tmp_path / "sft.jsonl", rows), template="plain")
     documents = read_documents(data, tokenizer, seed=1, max_length=10)
     assert (len(documents.train), documents.dropped) == (1, 1)
-    with pytest.raises(ValueError, match="sft.max_length=2"):
+    with pytest.raises(ValueError, match=r"sft.max_length=2"):
         read_documents(data, tokenizer, seed=1, max_length=2)
-    with pytest.raises(ValueError, match='sft.loss_on="answer"'):
+    with pytest.raises(ValueError, match=r'sft.loss_on="answer"'):
         read_documents(data, tokenizer, seed=1, loss_on="answer")

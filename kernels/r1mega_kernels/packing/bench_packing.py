@@ -3,7 +3,8 @@
     python -m r1mega_kernels.packing.bench_packing [--sequences N] [--json FILE]
 
 Python is timed on `python_sequences` and scaled up linearly, which flatters it: its cost per sequence grows
-with the number of bins. The C++ time is the median of `repeats`, the lower bound is Martello and Toth's L2.
+with the number of bins. Times are CPU times of one thread (on a free core: wall time), the C++ one a
+median; the lower bound is Martello and Toth's L2.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def measure(name: str, lengths: np.ndarray, capacity: int, repeats: int, python_
     assert load.sum() == lengths.sum(), f"{name}: tokens were lost"
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         pack_best_fit(lengths, capacity, 1)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     few = lengths[:python_sequences].tolist()
-    start = time.perf_counter()
+    start = time.process_time()
     best_fit_decreasing(few, capacity)
-    python_seconds = (time.perf_counter() - start) * len(lengths) / len(few)
+    python_seconds = (time.process_time() - start) * len(lengths) / len(few)
     bound = bins_lower_bound(lengths, capacity)
     milliseconds = 1e3 * statistics.median(seconds)
     return {

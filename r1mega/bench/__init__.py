@@ -1,0 +1,63 @@
+"""`r1mega bench`: how fast the system and its kernels are on this machine.
+
+step             one reinforcement-learning step, phase by phase, beside vLLM alone and transformers alone
+packing          a million sequences into chunks (r1mega_kernels/packing)
+linear_logprob   the fused head (r1mega_kernels/linear_logprob)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from r1mega.bench.machine import machine
+from r1mega.config import ConfigError
+
+KERNEL_BENCHES = {
+    "packing": "r1mega_kernels.packing.bench_packing",
+    "linear_logprob": "r1mega_kernels.linear_logprob.bench_linear_logprob",
+}
+"""Programs with an option --json FILE."""
+RESPONSES = ("varying", "uniform", "both")
+
+
+def run(what: str, json_path: str | None = None, responses: str = "both") -> None:
+    """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`."""
+    if responses not in RESPONSES:
+        raise ConfigError(f"--responses {responses}: it is one of {', '.join(RESPONSES)}")
+    chosen = ["step", *KERNEL_BENCHES] if what == "all" else [what]
+    results: dict[str, Any] = {"machine": machine()}
+    for name in chosen:
+        results[name] = _step(responses) if name == "step" else _kernel(name)
+        if json_path:
+            write_json(Path(json_path), results)
+
+
+def _step(responses: str) -> dict[str, Any]:
+    from r1mega.bench import model, step
+
+    kinds = model.RESPONSES if responses == "both" else (responses,)
+    return {kind: step.run(kind) for kind in kinds}
+
+
+def _kernel(name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", KERNEL_BENCHES[name], "--json", str(file)]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise RuntimeError(f"{' '.join(command)} ended with exit code {code}")
+        return json.loads(file.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".writing-{path.name}")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,177 @@
+"""The trainer on its own: resuming, gates, and one result for one process and two."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tiny_models import DEEPSEEK_V3, free_port
+
+from r1mega.config import GRPOConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from r1mega.data.packing import pack
+from r1mega.samples import Sample
+
+pytestmark = pytest.mark.distributed
+
+
+def config_of(model_dir: Path, stage: str = "sft", **changes: Any) -> RunConfig:
+    model_dir.mkdir(exist_ok=True)
+    (model_dir / "config.json").write_text(json.dumps({**DEEPSEEK_V3, "initializer_range": 0.1}))
+    base = RunConfig(
+        stage=stage,
+        platform="cpu",
+        num_steps=10,
+        model=ModelConfig(path=str(model_dir), init="random", dtype="float32", router_bias_rate=1e-3),
+        optimizer=OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def batch(step: int, parallel: ParallelConfig, rl: bool = False) -> list[list]:
+    """The step's packed chunks for every data rank."""
+    rng = np.random.default_rng(step)
+    samples = []
+    for _ in range(6):
+        n = int(rng.integers(5, 30))
+        mask = np.ones(n - 1, dtype=np.float32)
+        extra: dict[str, Any] = {}
+        if rl:
+            extra = {"advantages": mask * rng.normal(), "rollout_logprobs": np.zeros(n - 1)}
+            extra = {key: value.astype(np.float32) for key, value in extra.items()}
+        samples.append(Sample(rng.integers(0, 96, n), mask, mask / 100, **extra))
+    return pack(samples, parallel.data, tokens_per_chunk=64)
+
+
+def in_processes(size: int, function: Callable, *args: Any) -> None:
+    mp.spawn(_enter, (size, free_port(), function, args), nprocs=size)
+
+
+def _enter(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    from r1mega.training.trainer import Trainer
+
+    config, *rest = args
+    trainer = Trainer(config)
+    function(trainer, *rest)
+    trainer.close()
+
+
+def train(trainer, first: int, last: int) -> list[tuple[float, float]]:
+    seen = []
+    for step in range(first, last):
+        chunks = batch(step, trainer.config.parallel)[trainer.mesh.data_rank]
+        report = trainer.sft_update(chunks, step)
+        seen.append((report["totals"]["loss"], report["grad_norm"]))
+    return seen
+
+
+def straight(trainer, out: Path) -> None:
+    seen = train(trainer, 0, 2)
+    trainer.save(str(out / "checkpoints"), 2, {"note": "kept"})
+    seen += train(trainer, 2, 5)
+    torch.save((seen, dict(trainer.named_tensors())), out / f"straight {trainer.rank}.pt")
+
+
+def resumed(trainer, out: Path) -> None:
+    from r1mega.training import checkpoint
+
+    (path,) = checkpoint.complete(out / "checkpoints")
+    assert checkpoint.read_state(path) == {"note": "kept", "step": 2}
+    trainer.load(str(path))
+    seen = train(trainer, 2, 5)
+    torch.save((seen, dict(trainer.named_tensors())), out / f"resumed {trainer.rank}.pt")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one process", "two, distributed optimizer"])
+def test_resume_is_bit_identical(sharded, tmp_path):
+    """With the distributed optimizer this covers the step tensor that all parameters would share."""
+    size = 2 if sharded else 1
+    parallel = ParallelConfig(data=size, distributed_optimizer=sharded)
+    config = config_of(tmp_path / "model", parallel=parallel)
+    in_processes(size, straight, config, tmp_path)
+    in_processes(size, resumed, config, tmp_path)
+    for rank in range(size):
+        seen, weights = torch.load(tmp_path / f"straight {rank}.pt")
+        seen_again, weights_again = torch.load(tmp_path / f"resumed {rank}.pt")
+        assert seen[2:] == seen_again
+        assert weights.keys() == weights_again.keys()
+        assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+def losses(trainer, out: Path) -> None:
+    torch.save(train(trainer, 0, 4), out / f"losses {trainer.config.parallel.data} {trainer.rank}.pt")
+
+
+def test_two_data_ranks_train_like_one(tmp_path):
+    for size in (1, 2):
+        config = config_of(tmp_path / "model", parallel=ParallelConfig(data=size))
+        in_processes(size, losses, config, tmp_path)
+    one = torch.load(tmp_path / "losses 1 0.pt")
+    two = [torch.load(tmp_path / f"losses 2 {rank}.pt") for rank in range(2)]
+    for step, (loss, norm) in enumerate(one):
+        assert two[0][step][0] + two[1][step][0] == pytest.approx(loss, rel=2e-5)
+        assert two[0][step][1] == pytest.approx(norm, rel=2e-4)
+
+
+def gates(trainer, _out: Path) -> None:
+    from r1mega.training.optimizer import NonFiniteGradient
+    from r1mega.training.trainer import GateFailed
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in trainer.named_tensors()}
+
+    def unchanged(before: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(before[name], tensor) for name, tensor in weights().items())
+
+    (chunks,) = batch(0, trainer.config.parallel, rl=True)
+    before = weights()
+    with pytest.raises(GateFailed, match="rollout-logprobs"):  # the engine claims log-prob 0 everywhere
+        trainer.rl_update([chunks], 0)
+    assert unchanged(before)
+
+    honest = [
+        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk)) for chunk in chunks
+    ]
+    poisoned = [dataclasses.replace(chunk, advantages_T=chunk.advantages_T * float("nan")) for chunk in honest]
+    with pytest.raises(NonFiniteGradient):
+        trainer.rl_update([poisoned], 0)
+    assert unchanged(before)
+
+    report = trainer.rl_update([honest, honest], 0)
+    assert report["totals"]["logprob_mismatch_max"] < 1e-4
+    assert not unchanged(before)
+
+    trainer.config = dataclasses.replace(
+        trainer.config, gates=dataclasses.replace(trainer.config.gates, ratio=-1.0, logprob_mean=10, logprob_max=50)
+    )
+    with pytest.raises(GateFailed, match="on-policy-ratio"):
+        trainer.rl_update([honest], 2)
+
+
+def test_gates_stop_an_update_before_the_weights_change(tmp_path):
+    config = config_of(tmp_path / "model", "rl", grpo=GRPOConfig(kl_coef=0.01))
+    in_processes(1, gates, config, tmp_path)
+
+
+def failing_save(trainer, out: Path) -> None:
+    from r1mega.training import checkpoint
+
+    root = out / "checkpoints"
+    trainer.save(str(root), 1, {})
+    with pytest.raises(TypeError):  # not JSON: the write fails half-way
+        trainer.save(str(root), 2, {"bad": object()})
+    assert [path.name for path in checkpoint.complete(root)] == ["step-00000001"]
+    assert [path.name for path in root.iterdir()] == ["step-00000001"], "something half-written stayed"
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
+    in_processes(1, failing_save, config_of(tmp_path / "model"), tmp_path)
