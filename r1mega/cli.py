@@ -54,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure the system on this machine")
     bench.add_argument("what", choices=["step", "packing", "linear_logprob", "all"])
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    bench.add_argument(
+        "--responses",
+        choices=["varying", "uniform", "both"],
+        default="both",
+        help="step: lengths of the responses",
+    )
     bench.set_defaults(command=_bench)
     return parser
 
@@ -113,7 +119,7 @@ def _report(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from r1mega import bench
 
-    bench.run(options.what, options.json)
+    bench.run(options.what, options.json, options.responses)
     return 0
 
 

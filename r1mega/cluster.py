@@ -63,7 +63,8 @@ def start(config: RunConfig) -> Iterator[None]:
                 include_dashboard=False,
                 _temp_dir=folder,
                 # Idle workers started ahead cost a core for seconds, and none has the environment we need.
-                _system_config={"prestart_worker_first_driver": False},
+                # Ray's default niceness of 15 would let any other process of the machine stop the run.
+                _system_config={"prestart_worker_first_driver": False, "worker_niceness": 0},
             )
             try:
                 yield

@@ -62,14 +62,18 @@ class Platform:
             timeout=timedelta(seconds=timeout_seconds),
         )
 
-    def join_group(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
+    def join_group(
+        self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float
+    ) -> dist.ProcessGroup:
         """A process group of its own, beside the default one: its members meet at `store` (weight sync)."""
         timeout = timedelta(seconds=timeout_seconds)
         group = dist.ProcessGroup(store, rank, world_size)
+        backend: Any
         if self.name == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            backend, kind = dist.ProcessGroupNCCL(store, rank, world_size, options), dist.ProcessGroup.BackendType.NCCL
+            backend = dist.ProcessGroupNCCL(store, rank, world_size, options)
+            kind = dist.ProcessGroup.BackendType.NCCL
         else:
             backend = dist.ProcessGroupGloo(store, rank, world_size, timeout)
             kind = dist.ProcessGroup.BackendType.GLOO
@@ -131,7 +135,8 @@ class DuplicatedLinear(torch.nn.Module):
         **_megatron_only: Any,
     ) -> None:
         super().__init__()
-        assert not bias and parallel_mode == "duplicated"
+        assert not bias
+        assert parallel_mode == "duplicated"
         self.weight = torch.nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=parameter_device())
         )
@@ -156,10 +161,11 @@ def _prepare_megatron(name: str) -> None:
     if name == "cpu":
         _show_megatron_a_cpu()
         _redirect_tensor_methods()
-        _replace_gpu_only_symbols()
+        _read_split_sizes_on_cpu()
         _split_unevenly_by_all_to_all()
-        _correct_torch_adam_in_distributed_optimizer()
     if not has_transformer_engine():
+        _replace_transformer_engine_symbols()
+        _correct_torch_adam_in_distributed_optimizer()
         _duplicate_down_projections()
     _rotate_packed_sequences_at_once()
 
@@ -261,7 +267,14 @@ def _cuda_of_a_cpu() -> _Replaced:
         "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None,
         "manual_seed_all": lambda seed: generator.manual_seed(int(seed)) and None,
     }
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect", "init"):
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "ipc_collect",
+        "init",
+    ):
         replacements[name] = _returns(None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         replacements[name] = _returns(0)
@@ -293,9 +306,11 @@ def _on_cpu(function: Callable, argument: str = "device") -> Callable:
 
 def _torch_of_a_cpu() -> _Replaced:
     """torch whose factories (schedules.py:596, clip_grads.py:90), torch.load and torch.cuda are the CPU's."""
-    names = "tensor as_tensor zeros ones empty full arange rand randn randint eye linspace randperm".split()
-    names += [f"{kind}_like" for kind in "zeros ones empty full rand randn".split()]
-    replacements: dict[str, Any] = {name: _on_cpu(getattr(torch, name)) for name in names}
+    names = "tensor as_tensor zeros ones empty full arange rand randn randint eye linspace randperm"
+    likes = "zeros_like ones_like empty_like full_like rand_like randn_like"
+    replacements: dict[str, Any] = {}
+    for name in f"{names} {likes}".split():
+        replacements[name] = _on_cpu(getattr(torch, name))
 
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
         return dist.barrier(*args, **kwargs)  # parallel_state.py:931; gloo has no device_ids
@@ -330,7 +345,9 @@ class _MegatronFinder(MetaPathFinder):
     def __init__(self) -> None:
         self.seen_torch = _torch_of_a_cpu()
 
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if not fullname.startswith("megatron."):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -347,7 +364,7 @@ def _show_megatron_a_cpu() -> None:
     compile_ = torch.compile
     torch.compile = lambda model=None, **kwargs: model if model is not None else lambda f: f  # type: ignore
     try:
-        import megatron.core.jit
+        pass
     finally:
         torch.compile = compile_
     from megatron.core.tensor_parallel import random
@@ -385,23 +402,26 @@ def _redirect_tensor_methods() -> None:
 # ---------------------------------------------------------------- Megatron symbols
 
 
-def _replace_gpu_only_symbols() -> None:
-    """What Megatron assumes of Transformer Engine or of a GPU, and fails without."""
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    if not moe_utils.HAVE_TE:
-        moe_utils.te_general_gemm = None  # moe_utils.py:1192 reads a name that was never bound
+def _read_split_sizes_on_cpu() -> None:
+    """moe_utils.py:1093 turns split sizes into integers only where they are on a GPU; all_to_all needs integers."""
+    from megatron.core.transformer.moe import token_dispatcher
 
     def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # moe_utils.py:1093 converts split sizes only where they are on a GPU; all_to_all needs integers.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+
+
+def _replace_transformer_engine_symbols() -> None:
+    """What Megatron calls of Transformer Engine without asking whether it is there."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # moe_utils.py:1192 reads a name that was never bound
     init = CheckpointWithoutOutput.__init__
 
     def init_without_fp8(self: Any, fp8: Any = False) -> None:
-        init(self, fp8 or None)  # random.py:636 takes the default False for "fp8 is on" and calls Transformer Engine
+        init(self, fp8 or None)  # random.py:636 takes the default False for "fp8 is on"
 
     CheckpointWithoutOutput.__init__ = init_without_fp8
 
@@ -411,7 +431,10 @@ def _split_unevenly_by_all_to_all() -> None:
     different numbers of tokens need unequal ones (mappings.py:150, :196)."""
     from megatron.core.tensor_parallel import mappings
 
-    gather_equal, reduce_scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    gather_equal, reduce_scatter_equal = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
 
     def gather(part: Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
         if sizes is None or group.size() == 1:
@@ -421,7 +444,9 @@ def _split_unevenly_by_all_to_all() -> None:
         dist.all_to_all_single(whole, copies, list(sizes), [part.shape[0]] * group.size(), group=group)
         return whole
 
-    def reduce_scatter(whole: Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+    def reduce_scatter(
+        whole: Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Tensor:
         if sizes is None or group.size() == 1:
             return reduce_scatter_equal(whole, group, None, use_global_buffer)
         size = sizes[group.rank()]
@@ -454,7 +479,9 @@ def _correct_torch_adam_in_distributed_optimizer() -> None:
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         set_states(self, model_param, {**tensors, **{k: state[k] for k in ("step",) if k in state}})
 
-    def sharded_with_state(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+    def sharded_with_state(
+        self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         # :642 asserts that the steps exist, which a fresh optimizer has not created yet.
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()
@@ -498,7 +525,11 @@ def _rotate_packed_sequences_at_once() -> None:
             sequence_T = torch.bucketize(token_T, cu_seqlens[1:].long(), right=True)
             freqs_TD = freqs.flatten(1)[token_T - starts_S[sequence_T]]
             cos_TD, sin_TD = (freqs_TD.cos() * scale).to(dtype), (freqs_TD.sin() * scale).to(dtype)
-            cached[key] = (freqs, cos_TD.unsqueeze(1), sin_TD.unsqueeze(1))  # freqs stay alive: data_ptr is a key
+            cached[key] = (
+                freqs,
+                cos_TD.unsqueeze(1),
+                sin_TD.unsqueeze(1),
+            )  # freqs stay alive: data_ptr is a key
         return cached[key][1:]
 
     def rotate(

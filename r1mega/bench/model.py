@@ -12,6 +12,7 @@ same lengths without being told anything; a tenth of the answers is right, so gr
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -110,7 +111,7 @@ def next_token_logits(responses: str) -> torch.Tensor:
         logits_VV[:, ID["<answer>"]] = math.log(len(LETTERS) / MEAN_LETTERS)
     else:
         spelled = (":", *LETTERS, "<answer>")
-        for current, following in zip(spelled[:-1], spelled[1:], strict=True):
+        for current, following in itertools.pairwise(spelled):
             logits_VV[ID[current], ID[following]] = SURE
     for digit in DIGITS:
         logits_VV[ID["<answer>"], ID[digit]] = SURE

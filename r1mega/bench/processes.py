@@ -67,7 +67,9 @@ class Measured:
         except EOFError:
             code = self.process.wait()
             tail = self.log.read_text(errors="replace")[-LOG_TAIL:]
-            raise RuntimeError(f"a reference process ended with exit code {code}; its log ends:\n{tail}") from None
+            raise RuntimeError(
+                f"a reference process ended with exit code {code}; its log ends:\n{tail}"
+            ) from None
 
 
 def round_together(processes: Sequence[Measured]) -> tuple[float, list[Any]]:

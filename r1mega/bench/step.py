@@ -67,7 +67,9 @@ class Steps:
     last: list[ScoredRollout] = field(default_factory=list)
 
 
-def run(responses: str, steps: int = STEPS, rounds: int = ROUNDS, console: Console | None = None) -> dict[str, Any]:
+def run(
+    responses: str, steps: int = STEPS, rounds: int = ROUNDS, console: Console | None = None
+) -> dict[str, Any]:
     """Measure with responses of that kind ("varying", "uniform"), print a table, return its numbers."""
     console = console or Console()
     with tempfile.TemporaryDirectory(prefix="r1mega-bench-") as folder:
@@ -81,7 +83,9 @@ def run(responses: str, steps: int = STEPS, rounds: int = ROUNDS, console: Conso
         rollout = against_vllm(config, done, work, rounds)
         console.phase("the same samples with transformers alone")
         training = against_transformers(config, done, work, rounds)
-    result = {"model_parameters": parameters} | summary(config, done) | {"rollout": rollout, "training": training}
+    result = (
+        {"model_parameters": parameters} | summary(config, done) | {"rollout": rollout, "training": training}
+    )
     show(responses, result, console)
     return result
 
@@ -130,7 +134,8 @@ def our_steps(config: RunConfig, work: Path, console: Console) -> Steps:
 
     async def loop(directory: RunDirectory) -> Steps:
         done = Steps(first=WARM_STEPS)
-        async with TimedScorer(config.rewards) as scorer:
+        scorer = TimedScorer(config.rewards)
+        async with scorer:
             job = await ReinforcementLearning.start(config, directory, prompts, scorer, console)
             try:
                 for step in range(config.num_steps):
@@ -238,7 +243,9 @@ def _rollout_speed(config: RunConfig, metrics: dict[str, float]) -> float:
 def against_transformers(config: RunConfig, done: Steps, work: Path, rounds: int) -> dict[str, float]:
     """CPU seconds of one update: our ranks together, and plain transformers, on the last step's samples."""
     samples = build_samples(done.last, config, done.first).mini_batches[0]
-    ours = _trainer_rounds(config, pack(samples, config.parallel.data, config.parallel.tokens_per_chunk), work, rounds)
+    ours = _trainer_rounds(
+        config, pack(samples, config.parallel.data, config.parallel.tokens_per_chunk), work, rounds
+    )
     with Measured(TransformersAlone, config, samples, log=work / "transformers.log") as process:
         process.ready()
         theirs = [round_together([process])[1][0] for _ in range(rounds + 1)][1:]
@@ -254,7 +261,9 @@ def against_transformers(config: RunConfig, done: Steps, work: Path, rounds: int
     }
 
 
-def _trainer_rounds(config: RunConfig, packed: Sequence[list], work: Path, rounds: int) -> list[list[dict[str, float]]]:
+def _trainer_rounds(
+    config: RunConfig, packed: Sequence[list], work: Path, rounds: int
+) -> list[list[dict[str, float]]]:
     """Results of every rank, round by round; one thread a rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -283,7 +292,9 @@ def show(responses: str, result: dict[str, Any], console: Console) -> None:
         console.result(phase, f"{seconds[phase]:8.3f} s  {share[phase]:6.1%}")
     console.result("step", f"{seconds['step']:8.3f} s")
     console.result("samples/s", f"{result['samples_per_second']:8.1f}")
-    console.result("sync and packing of the step", f"{share['sync'] + share['pack']:8.1%}    (goal: under 3 % )")
+    console.result(
+        "sync and packing of the step", f"{share['sync'] + share['pack']:8.1%}    (goal: under 3 % )"
+    )
     console.result("rollout, tokens/s", f"{rollout['tokens_per_second']:8.0f}")
     console.result("vLLM alone, tokens/s", f"{rollout['vllm_alone_tokens_per_second']:8.0f}")
     console.result("rollout / vLLM alone", f"{rollout['ratio']:8.1%}    (goal: at least 80 %)")

@@ -94,14 +94,12 @@ class Padded:
     """Samples padded to the longest. [S, T] arrays hold the shifted sequences."""
 
     def __init__(self, samples: Sequence[Sample]):
-        self.lengths = [len(sample.token_ids) - 1 for sample in samples]
         self.inputs_ST = self._pad([sample.token_ids[:-1] for sample in samples])
         self.targets_ST = self._pad([sample.token_ids[1:] for sample in samples])
-        self.attention_ST = self._pad([np.ones(length, dtype=np.int64) for length in self.lengths])
-        fields = ("loss_mask", "token_weights", "advantages", "rollout_logprobs")
-        self.fields_T: dict[str, Tensor] = {
-            f"{name}_T": self._pad([getattr(sample, name) for sample in samples]).flatten() for name in fields
-        }
+        self.attention_ST = self._pad(
+            [np.ones(len(sample.token_ids) - 1, dtype=np.int64) for sample in samples]
+        )
+        self.samples = samples
 
     @staticmethod
     def _pad(rows: Sequence[np.ndarray]) -> Tensor:
@@ -122,6 +120,12 @@ class Padded:
             targets_T=self.targets_ST.flatten(),
             positions_T=torch.arange(width).repeat(num_sequences),
             cu_seqlens_S=torch.arange(num_sequences + 1, dtype=torch.int32) * width,
+            loss_mask_T=self._flat("loss_mask"),
+            token_weights_T=self._flat("token_weights"),
+            advantages_T=self._flat("advantages"),
+            rollout_logprobs_T=self._flat("rollout_logprobs"),
             ref_logprobs_T=reference_T,
-            **self.fields_T,
         )
+
+    def _flat(self, field: str) -> Tensor:
+        return self._pad([getattr(sample, field) for sample in self.samples]).flatten()

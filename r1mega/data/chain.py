@@ -62,19 +62,19 @@ class ChainProblem:
 class BaseMix:
     """Shares of the base-training documents and how good their content is."""
 
-    facts: float = 0.20
+    facts: float = 0.12
     """Tables of single digit facts: "3+4=7;8*2=6;..."."""
-    words: float = 0.10
+    words: float = 0.06
     """Plain words."""
     copies: float = 0.06
     """A string, a bar, the string again or reversed."""
-    untagged: float = 0.28
+    untagged: float = 0.22
     """Question, then an answer without tags."""
-    direct: float = 0.20
+    direct: float = 0.10
     """Question, empty thought, tagged answer. The rest of the mix are worked solutions."""
     direct_right: float = 0.5
     """How often an answer without worked steps is the right one."""
-    noise: float = 0.15
+    noise: float = 0.25
     """Chance that a worked step shows a random digit (later steps go on from it)."""
     worked_untagged: float = 0.3
     """Share of worked solutions without tags."""

@@ -10,7 +10,7 @@ Dims: T packed tokens, B sequences of one group, L its longest, H heads, K key d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def plan_attention(cu_seqlens_S: Tensor) -> AttentionPlan:
     """Group sequences by length, longest first. cu_seqlens_S: int [S+1], from 0 to T."""
     bounds = cu_seqlens_S.tolist()
     device = cu_seqlens_S.device
-    spans = [(stop - start, start) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if stop > start]
+    spans = [(stop - start, start) for start, stop in pairwise(bounds) if stop > start]
     spans.sort(key=lambda span: (-span[0], span[1]))
     members: list[list[tuple[int, int]]] = []
     for span in spans:
@@ -88,7 +88,9 @@ def packed_sequences(cu_seqlens_S: Tensor) -> PackedSequences:
 class PackedAttention(MegatronModule):
     """Core attention of Megatron's local layer spec, for keys wider than values (MLA) and grouped queries."""
 
-    def __init__(self, config: Any, k_channels: int | None = None, softmax_scale: float | None = None, **_unused: Any):
+    def __init__(
+        self, config: Any, k_channels: int | None = None, softmax_scale: float | None = None, **_unused: Any
+    ):
         super().__init__(config=config)
         self.scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
 
@@ -102,7 +104,9 @@ class PackedAttention(MegatronModule):
         **_unused: Any,
     ) -> Tensor:
         """Returns [T, H * V]; keys and values may have fewer heads than queries (a divisor)."""
-        assert attention_mask is None and packed_seq_params is not None and packed_seq_params.plan is not None
+        assert attention_mask is None
+        assert packed_seq_params is not None
+        assert packed_seq_params.plan is not None
         plan = packed_seq_params.plan
         outputs = []
         for size, longest, tokens in plan.groups:

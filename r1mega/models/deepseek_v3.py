@@ -59,7 +59,9 @@ def transformer_config(hf: dict[str, Any], model: ModelConfig, parallel: Paralle
         },
     )
     if (hf.get("num_nextn_predict_layers") or 0) > 1:
-        raise ValueError(f"config.json: num_nextn_predict_layers={hf['num_nextn_predict_layers']}, at most 1 works")
+        raise ValueError(
+            f"config.json: num_nextn_predict_layers={hf['num_nextn_predict_layers']}, at most 1 works"
+        )
     if model.balance_loss:
         raise ValueError(f"model.balance_loss={model.balance_loss} is not supported yet; take 0")
     grouped = (hf.get("n_group") or 1) > 1
@@ -99,7 +101,12 @@ def _rope_options(hf: dict[str, Any]) -> dict[str, Any]:
     """V3's YaRN: the softmax scale grows by the square of the attention factor of mscale_all_dim."""
     rope = read_rope(hf, ("default", "yarn"))
     if rope.type == "default":
-        return {"rope_type": "rope", "rotary_base": rope.theta, "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+        return {
+            "rope_type": "rope",
+            "rotary_base": rope.theta,
+            "rotary_scaling_factor": 1.0,
+            "mscale_all_dim": 0.0,
+        }
     mscale, mscale_all_dim = rope.scaling.get("mscale"), rope.scaling.get("mscale_all_dim")
     if not mscale and mscale_all_dim:
         raise ValueError("config.json: rope scaling with mscale_all_dim needs mscale too")
@@ -145,13 +152,17 @@ def weights(hf: dict[str, Any]) -> list[Weight]:
     if hf.get("num_nextn_predict_layers"):
         mtp, there = "mtp.layers.0.", f"model.layers.{hf['num_hidden_layers']}."
         table[0] = Weight(table[0].parameter, table[0].hf, "rows", copies=(there + "embed_tokens.weight",))
-        table[-1] = Weight(table[-1].parameter, table[-1].hf, "rows", copies=(there + "shared_head.head.weight",))
+        table[-1] = Weight(
+            table[-1].parameter, table[-1].hf, "rows", copies=(there + "shared_head.head.weight",)
+        )
         table += [
             Weight(mtp + "enorm.weight", (there + "enorm.weight",), "whole", constant=1.0),
             Weight(mtp + "hnorm.weight", (there + "hnorm.weight",), "whole", constant=1.0),
             Weight(mtp + "eh_proj.weight", (there + "eh_proj.weight",), "rows"),
             *_layer(mtp + "transformer_layer.", there, hf, True),
-            Weight(mtp + "final_layernorm.weight", (there + "shared_head.norm.weight",), "whole", constant=1.0),
+            Weight(
+                mtp + "final_layernorm.weight", (there + "shared_head.norm.weight",), "whole", constant=1.0
+            ),
         ]
     return table
 

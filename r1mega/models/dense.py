@@ -31,11 +31,15 @@ def key_value_heads(hf: dict[str, Any]) -> int:
 def transformer_config(hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's config of this model. Raises ValueError for options no released model of the kind uses."""
     require(hf, SHAPE)
-    refuse(hf, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False})
+    refuse(
+        hf, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    )
     read_rope(hf, ("default", "llama3"))
     for name in ("mtp_loss_weight", "router_bias_rate", "balance_loss"):
         if getattr(model, name):
-            raise ValueError(f"model.{name}={getattr(model, name)}: a {hf['model_type']} model has none; take 0")
+            raise ValueError(
+                f"model.{name}={getattr(model, name)}: a {hf['model_type']} model has none; take 0"
+            )
     return TransformerConfig(
         **shared_options(hf, model, parallel),
         num_query_groups=key_value_heads(hf),

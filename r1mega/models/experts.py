@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.router import TopKRouter
@@ -31,14 +31,20 @@ class GroupedExperts(MegatronModule):
     their gradients unreduced).
     """
 
-    def __init__(self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None) -> None:
+    def __init__(
+        self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None
+    ) -> None:
         super().__init__(config=config)
         self.expert_group, self.expert_data_group = pg_collection.ep, pg_collection.expt_dp
         self.expert_tensor_group = pg_collection.expt_tp
         hidden = config.moe_ffn_hidden_size // self.expert_tensor_group.size()
         options = {"dtype": config.params_dtype, "device": parameter_device()}
-        self.gate_up_EID = torch.nn.Parameter(torch.empty(num_local_experts, 2 * hidden, config.hidden_size, **options))
-        self.down_EDI = torch.nn.Parameter(torch.empty(num_local_experts, config.hidden_size, hidden, **options))
+        self.gate_up_EID = torch.nn.Parameter(
+            torch.empty(num_local_experts, 2 * hidden, config.hidden_size, **options)
+        )
+        self.down_EDI = torch.nn.Parameter(
+            torch.empty(num_local_experts, config.hidden_size, hidden, **options)
+        )
         for weight, dim in ((self.gate_up_EID, 1), (self.down_EDI, 2)):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
             weight.allreduce = False  # type: ignore[attr-defined]
@@ -58,23 +64,37 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        assert self.expert_tensor_group.size() == 1, "checkpoints of divided experts are not supported"
+        """Keys and global shapes of SequentialMLP: linear_fc1 [E, 2 I, D] (all gates, then all ups) and
+        linear_fc2 [E, D, I]."""
         axis = len(sharded_offsets)
-        place = (axis, self.expert_group.rank(), self.expert_group.size())
+        experts = (axis, self.expert_group.rank(), self.expert_group.size())
+        rank, size = self.expert_tensor_group.rank(), self.expert_tensor_group.size()
+        replica = (0, 0, self.expert_data_group.rank())
 
-        def sharded(key: str, weight: Tensor) -> ShardedTensor:
+        def part(key: str, weight: Tensor, place: tuple[int, int, int], replica_id: Any) -> ShardedTensor:
+            offsets = (*sharded_offsets, experts, place)
             return ShardedTensor.from_rank_offsets(
-                f"{prefix}experts.{key}.weight",
-                weight,
-                *sharded_offsets,
-                place,
-                replica_id=(0, 0, self.expert_data_group.rank()),
-                prepend_axis_num=axis,
+                key, weight, *offsets, replica_id=replica_id, prepend_axis_num=axis
             )
 
+        def divide(key: str, weight: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+            assert flattened_range is None
+            gate, up = weight.chunk(2, dim=1)
+            return [
+                part(key, gate, (axis + 1, rank, 2 * size), replica_id),
+                part(key, up, (axis + 1, rank + size, 2 * size), replica_id),
+            ]
+
+        def join(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts, dim=1)
+
+        keys = {name: f"{prefix}experts.{name}.weight" for name in ("linear_fc1", "linear_fc2")}
+        down = part(keys["linear_fc2"], self.down_EDI, (axis + 2, rank, size), replica)
         return {
-            f"{prefix}gate_up_EID": sharded("linear_fc1", self.gate_up_EID),
-            f"{prefix}down_EDI": sharded("linear_fc2", self.down_EDI),
+            f"{prefix}gate_up_EID": ShardedTensorFactory(
+                keys["linear_fc1"], self.gate_up_EID, divide, join, replica
+            ),
+            f"{prefix}down_EDI": down,
         }
 
 
@@ -86,11 +106,22 @@ def _grouped_linear(rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> T
     if all(size * rows_NI.element_size() % 16 == 0 for size in weight_EOI.shape[1:]):
         return torch._grouped_mm(rows_NI, weight_EOI.mT, offs=offsets_E)
     counts = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, weight) for rows, weight in zip(rows_NI.split(counts), weight_EOI, strict=True)])
+    return torch.cat(
+        [F.linear(rows, weight) for rows, weight in zip(rows_NI.split(counts), weight_EOI, strict=True)]
+    )
 
 
 class GroupLimitedRouter(TopKRouter):
     """V3's gate. `config.norm_topk_prob`: whether the chosen weights are divided by their sum."""
+
+    expert_bias: Tensor
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """Module.bfloat16() and Module.to(dtype) leave the correction bias float32: it moves by steps of 0.001."""
+        exact = self.expert_bias
+        super()._apply(function, recurse)
+        self.expert_bias = exact.to(self.expert_bias.device)
+        return self
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T, 1, experts] -> (weights [T, experts], zero where not chosen; chosen, bool [T, experts])."""
@@ -99,7 +130,9 @@ class GroupLimitedRouter(TopKRouter):
         with torch.no_grad():
             biased_TE = score_TE + self.expert_bias
             if config.moe_router_num_groups:
-                biased_TE = _keep_best_groups(biased_TE, config.moe_router_num_groups, config.moe_router_group_topk)
+                biased_TE = _keep_best_groups(
+                    biased_TE, config.moe_router_num_groups, config.moe_router_group_topk
+                )
             chosen_TK = biased_TE.topk(self.topk, dim=-1, sorted=False).indices
         weight_TK = score_TE.gather(1, chosen_TK)
         if config.norm_topk_prob:

@@ -39,7 +39,9 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
 def check_model_type(config: dict[str, Any]) -> None:
     """ValueError for a model type this project does not know."""
     if config.get("model_type") not in SUPPORTED:
-        raise ValueError(f"model_type={config.get('model_type')!r} is not supported: {', '.join(SUPPORTED)} are")
+        raise ValueError(
+            f"model_type={config.get('model_type')!r} is not supported: {', '.join(SUPPORTED)} are"
+        )
 
 
 def require(config: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -28,7 +28,15 @@ from r1mega.parallel.mesh import Mesh, current_mesh
 if TYPE_CHECKING:
     from r1mega.models.language_model import LanguageModel
 
-__all__ = ["check_table", "draw", "export_hf", "fill_with_nan", "import_hf", "load_hf_config", "named_hf_tensors"]
+__all__ = [
+    "check_table",
+    "draw",
+    "export_hf",
+    "fill_with_nan",
+    "import_hf",
+    "load_hf_config",
+    "named_hf_tensors",
+]
 
 INDEX = "model.safetensors.index.json"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -95,7 +103,7 @@ def _files_of(path: Path) -> dict[str, Path]:
     if not single.is_file():
         raise FileNotFoundError(f"{path}: neither {INDEX} nor model.safetensors is there")
     with safe_open(single, framework="pt") as file:
-        return {name: single for name in file.keys()}
+        return dict.fromkeys(file.keys(), single)
 
 
 def import_hf(model: LanguageModel, path: str | Path) -> None:
@@ -112,7 +120,9 @@ def import_hf(model: LanguageModel, path: str | Path) -> None:
     for _, region, _ in held:
         file = files[region.hf_name]
         handles.setdefault(file, safe_open(file, framework="pt"))
-    slices = {region.hf_name: handles[files[region.hf_name]].get_slice(region.hf_name) for _, region, _ in held}
+    slices = {
+        region.hf_name: handles[files[region.hf_name]].get_slice(region.hf_name) for _, region, _ in held
+    }
     _check_shapes(path, slices, [region for _, region, _ in held])
     for _, region, part in held:
         span = slice(region.start, region.start + region.length)
@@ -146,11 +156,15 @@ def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> Non
     for region in held:
         shape, dtype = tuple(slices[region.hf_name].get_shape()), slices[region.hf_name].get_dtype()
         if dtype not in ("F32", "BF16", "F16", "F64"):
-            raise ValueError(f"{path}: {region.hf_name} has dtype {dtype}; convert the checkpoint to BF16 first")
+            raise ValueError(
+                f"{path}: {region.hf_name} has dtype {dtype}; convert the checkpoint to BF16 first"
+            )
         if shape != region.hf_shape:
             wrong.append(f"{region.hf_name} is {list(shape)}, not {list(region.hf_shape)}")
     if wrong:
-        raise ValueError(f"{path} does not fit its config.json: {len(wrong)} misshaped tensors, first {min(wrong)}")
+        raise ValueError(
+            f"{path} does not fit its config.json: {len(wrong)} misshaped tensors, first {min(wrong)}"
+        )
 
 
 # ---------------------------------------------------------------- export and sync
@@ -244,7 +258,7 @@ def _write_shards(named: Iterator[tuple[str, Tensor]], scratch: Path | None, max
         nbytes = tensor.numel() * tensor.element_size()
         if shard and size + nbytes > max_shard_bytes:
             flush()
-        shard[name] = tensor.to("cpu", copy=True)  # copies of one tensor may not share memory in a file
+        shard[name] = tensor.cpu().clone()  # copies of one tensor may not share memory in a file
         size, total = size + nbytes, total + nbytes
     flush()
     if scratch is None:
@@ -270,7 +284,9 @@ def _write_config(model: LanguageModel, scratch: Path) -> None:
 def _copy_small_files(source: Path, scratch: Path) -> None:
     """Tokenizer, generation config, chat template, licence: everything that is neither weights nor config."""
     for file in sorted(source.iterdir()) if source.is_dir() else []:
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(
+            ".index.json"
+        )
         if file.is_file() and not weights and file.name != "config.json":
             shutil.copyfile(file, scratch / file.name)
 
@@ -283,5 +299,3 @@ def _replace_directory(scratch: Path, path: Path) -> None:
         os.replace(path, old)
     os.replace(scratch, path)
     shutil.rmtree(old, ignore_errors=True)
-
-

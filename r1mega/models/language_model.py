@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint, gather_from_sequence_parallel_region
-from r1mega_kernels.linear_logprob import linear_logprob
 from torch import Tensor
 
 from r1mega.config import ModelConfig, ParallelConfig
@@ -23,6 +22,7 @@ from r1mega.models.hf_config import check_model_type
 from r1mega.models.weight_table import Weight
 from r1mega.parallel.mesh import check_mesh, current_mesh
 from r1mega.samples import PackedBatch
+from r1mega_kernels.linear_logprob import linear_logprob
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class LanguageModel(GPTModel):
     weight_table: list[Weight]
     mtp_loss_weight: float
 
-    def forward(self, batch: PackedBatch, *, temperature: float = 1.0, need_entropy: bool = True) -> TokenOutputs:
+    def forward(
+        self, batch: PackedBatch, *, temperature: float = 1.0, need_entropy: bool = True
+    ) -> TokenOutputs:
         """Log-prob and entropy of every target. T must be a multiple of the tensor axis (pack's `align`).
 
         Without `need_entropy` the entropy carries no gradient.
@@ -92,7 +94,9 @@ class LanguageModel(GPTModel):
             )
         return hidden.squeeze(1)
 
-    def _logprobs(self, hidden: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, hidden: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         group = self.pg_collection.tp
         return linear_logprob(
             self._whole(hidden),
@@ -103,12 +107,17 @@ class LanguageModel(GPTModel):
             vocab_start=group.rank() * head_VD.shape[0],
         )
 
-    def _mtp_loss(self, hidden: Tensor, head_VD: Tensor, batch: PackedBatch, packed: PackedSequences) -> Tensor:
+    def _mtp_loss(
+        self, hidden: Tensor, head_VD: Tensor, batch: PackedBatch, packed: PackedSequences
+    ) -> Tensor:
         """V3 eq. 21-24, depth 1: h_t and the embedding of token t+1 predict token t+2, inside a sequence.
 
         A token's weight is that of the token it predicts; a sequence's last position predicts nothing.
         """
-        rotation, embedded = self._rotation(packed), self.embedding(input_ids=batch.targets_T[None], position_ids=None)
+        rotation, embedded = (
+            self._rotation(packed),
+            self.embedding(input_ids=batch.targets_T[None], position_ids=None),
+        )
 
         def predict(hidden: Tensor, embedded: Tensor) -> Tensor:
             return self.mtp.layers[0]._proj_and_transformer_layer(
@@ -173,7 +182,9 @@ def build_model(
 def _share_rotation(model: LanguageModel, hf_config: dict[str, Any]) -> None:
     """One rope table for all layers, and for dense models the frequencies that config.json asks."""
     if not model.config.multi_latent_attention:
-        model.rotary_pos_emb.inv_freq = dense.inverse_frequencies(hf_config).to(model.rotary_pos_emb.inv_freq.device)
+        model.rotary_pos_emb.inv_freq = dense.inverse_frequencies(hf_config).to(
+            model.rotary_pos_emb.inv_freq.device
+        )
         return
     attentions = [module for module in model.modules() if hasattr(module, "linear_kv_up_proj")]
     for attention in attentions:

@@ -30,7 +30,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_megatron_only: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=parameter_device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def shared_options(hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
@@ -62,7 +62,6 @@ def shared_options(hf: dict[str, Any], model: ModelConfig, parallel: ParallelCon
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "perform_initialization": False,  # hf_weights fills every weight, the same for every layout
-        "use_cpu_initialization": parameter_device().type == "cpu",
         "gradient_accumulation_fusion": False,
         "calculate_per_token_loss": True,  # losses carry global token weights: gradients are summed over data
         "tensor_model_parallel_size": parallel.tensor,
@@ -83,7 +82,9 @@ def layer_spec(config: Any, *, with_experts: bool) -> ModuleSpec:
     if has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(**options)
     else:
-        spec = _without_transformer_engine(get_gpt_layer_local_spec(normalization="RMSNorm", **options), config)
+        spec = _without_transformer_engine(
+            get_gpt_layer_local_spec(normalization="RMSNorm", **options), config
+        )
     if with_experts:
         experts = spec.submodules.mlp.submodules
         experts.experts = ModuleSpec(module=GroupedExperts)

@@ -65,7 +65,13 @@ class Region:
 
 
 def _region(
-    name: str, view: tuple[int, ...], index: tuple[Any, ...], part: tuple[int, ...], dim: int, axis: str | None, mesh: Mesh
+    name: str,
+    view: tuple[int, ...],
+    index: tuple[Any, ...],
+    part: tuple[int, ...],
+    dim: int,
+    axis: str | None,
+    mesh: Mesh,
 ) -> Region:
     """A region from the shape of the held part: the HF shape is `size` of them along `dim`."""
     size = getattr(mesh, f"{axis}_size") if axis else 1

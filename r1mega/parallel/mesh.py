@@ -96,9 +96,11 @@ def _check_model(parallel: ParallelConfig, hf: dict[str, Any]) -> None:
     over_tensor = ["num_attention_heads", "vocab_size", "intermediate_size"]
     if not experts and hf.get("num_key_value_heads"):
         over_tensor.append("num_key_value_heads")  # MLA has no key-value heads of its own
-    sizes = {name: hf[name] for name in over_tensor}
+    sizes = {name: hf[name] for name in over_tensor if hf.get(name)}
     if experts and hf.get("n_shared_experts"):
-        sizes["n_shared_experts * moe_intermediate_size"] = hf["n_shared_experts"] * hf["moe_intermediate_size"]
+        sizes["n_shared_experts * moe_intermediate_size"] = (
+            hf["n_shared_experts"] * hf["moe_intermediate_size"]
+        )
     if _mtp_depth(hf):
         sizes["hidden_size"] = hf["hidden_size"]
     for name, size in sizes.items():

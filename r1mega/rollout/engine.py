@@ -143,6 +143,7 @@ class RolloutEngine:
                 max_tokens=sampling.max_tokens,
                 seed=seed,
                 stop_token_ids=self.stop_ids,
+                ignore_eos=True,  # config.json's end of sequence is not always the tokenizer's
                 logprobs=0,  # the sampled token's only
                 flat_logprobs=True,
                 detokenize=False,

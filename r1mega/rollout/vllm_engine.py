@@ -1,4 +1,6 @@
-"""How this project runs vLLM: its options on each platform, and what vLLM 0.32 gets wrong on CPU, in one place.
+"""How this project runs vLLM: its options on each platform, chosen around what vLLM 0.32 gets wrong on CPU.
+
+What no option mends, vllm_worker.py corrects.
 
 vLLM is imported here and in vllm_worker.py, inside functions here, so that a driver can import the rollout
 package without vLLM's seconds of import.
@@ -116,7 +118,6 @@ def _environment(platform: Platform, tensor_parallel: int) -> dict[str, str]:
             "VLLM_MLA_DISABLE": "1",  # the CPU's latent-attention kernel takes one latent size; this serves all
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines would all bind to the first cores
             "TORCHDYNAMO_DISABLE": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
     return environment
 

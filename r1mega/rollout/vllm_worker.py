@@ -23,6 +23,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
 
 from r1mega import platforms
 from r1mega.rollout.weight_sync import (
@@ -151,15 +153,6 @@ def _compare(bucket: Bucket, bytes_N: Tensor, header: Tensor, version: int) -> W
     return None
 
 
-def _repack_experts(model: torch.nn.Module) -> None:
-    """vLLM 0.32 on CPU packs experts when their kernel object is first made, and only then: after a reload the
-    raw weights would be read in the packed layout, silently wrong. Without the object it packs again."""
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if hasattr(module, "w13_weight") and getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
-
-
 class SyncExtension:
     """Mixed into vLLM's workers."""
 
@@ -168,3 +161,32 @@ class SyncExtension:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SyncEngine)
+
+
+# ---------------------------------------------------------------- what vLLM 0.32 gets wrong on CPU
+
+
+def _repack_experts(model: torch.nn.Module) -> None:
+    """Experts are packed for the CPU when their kernel object is first made, and only then: after a reload the
+    raw weights would be read in the packed layout, silently wrong. Without the object they are packed again."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(module, "w13_weight") and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _expand_batch_to_tokens(
+    x_S: Tensor, cu_num_tokens_S: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """Repeat each sequence's value for its drafted tokens; speculative decoding's temperature and top-p.
+
+    vLLM's CPU version writes to a copy and returns memory that was never set: samples and log-probs of a
+    random temperature.
+    """
+    counts_S = torch.diff(cu_num_tokens_S, prepend=cu_num_tokens_S.new_zeros(1))
+    x_T = x_S.repeat_interleave(counts_S.long(), output_size=num_tokens)
+    return x_T.masked_fill(x_T == replace_from, replace_to)
+
+
+if current_platform.is_cpu():
+    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens

@@ -15,7 +15,7 @@ from typing import Any
 
 from r1mega import cluster, platforms
 from r1mega.algorithms.credit import Credit, build_samples
-from r1mega.config import ConfigError, RunConfig
+from r1mega.config import RunConfig
 from r1mega.data import chain
 from r1mega.data.packing import pack
 from r1mega.data.prompts import PromptSet, PromptStream, read_prompts
@@ -28,6 +28,7 @@ from r1mega.stages.console import Console
 from r1mega.stages.evaluate import Evaluation, evaluate
 from r1mega.stages.placement import place
 from r1mega.stages.policy import PolicyWorker
+from r1mega.stages.preflight import check_model, check_vocabulary
 from r1mega.stages.run_directory import RunDirectory
 from r1mega.stages.summary import combine_reports, rollout_metrics
 from r1mega.stages.tokenizer import load_tokenizer
@@ -50,16 +51,15 @@ class LostRollouts(RuntimeError):
 
 def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     """Train to the end, resuming from the newest checkpoint; leaves `hf/`, results.json and report.html."""
+    check_model(config)
     tokenizer = load_tokenizer(config.model)
+    check_vocabulary(config, tokenizer)
     prompts = read_prompts(config.data, tokenizer, seed=config.seed)
-    if not prompts.train:
-        raise ConfigError(
-            f"{config.data.path}: no prompt is left to train on (data.eval_size={config.data.eval_size})"
-        )
     console.note(
         f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
         f"({prompts.dropped} over data.max_prompt_tokens dropped)"
     )
+    directory.begin()
     with cluster.start(config):
         asyncio.run(_run(config, directory, prompts, console))
 

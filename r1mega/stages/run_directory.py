@@ -43,7 +43,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunDirectory:
-    """Context manager: creates or reopens the directory and holds its lock."""
+    """Context manager: creates or reopens the directory and holds its lock.
+
+    Raises ConfigError when another process holds it or it belongs to another run.
+    """
 
     def __init__(self, path: Path, config: RunConfig):
         self.path, self.config = path, config
@@ -65,10 +68,13 @@ class RunDirectory:
         except BaseException:
             self._lock.close()
             raise
+        return self
+
+    def begin(self) -> None:
+        """Record the run, once its inputs are known to be good: a run refused before leaves nothing to undo."""
         write_json(self.path / "config.json", overrides.to_dict(self.config))
         if not (self.path / "lineage.json").exists():
             write_json(self.path / "lineage.json", lineage(self.config))
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._lock.close()

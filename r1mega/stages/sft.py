@@ -20,6 +20,7 @@ from r1mega.data.prompts import Document, read_documents
 from r1mega.samples import Sample
 from r1mega.stages.console import Console
 from r1mega.stages.placement import place
+from r1mega.stages.preflight import check_model, check_vocabulary
 from r1mega.stages.run_directory import RunDirectory
 from r1mega.stages.summary import combine_reports
 from r1mega.stages.tokenizer import load_tokenizer
@@ -33,7 +34,9 @@ SHOW_EVERY = 50
 
 def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     """Train to the end, resuming from the newest checkpoint; leaves `hf/` and results.json."""
+    check_model(config)
     tokenizer = load_tokenizer(config.model)
+    check_vocabulary(config, tokenizer)
     documents = read_documents(
         config.data, tokenizer, seed=config.seed, loss_on=config.sft.loss_on, max_length=config.sft.max_length
     )
@@ -47,6 +50,7 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     console.note(
         f"{len(documents.train):,} documents ({documents.dropped} longer than sft.max_length dropped)"
     )
+    directory.begin()
     with cluster.start(config):
         asyncio.run(_train(config, directory, documents.train, console))
 

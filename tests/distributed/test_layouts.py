@@ -20,7 +20,11 @@ from r1mega.config import ModelConfig, ParallelConfig
 
 MOE = {**DEEPSEEK_V3, "initializer_range": 0.15, "num_nextn_predict_layers": 1}
 DENSE = {**QWEN2, "initializer_range": 0.15}
-MODELS: dict[str, dict[str, Any]] = {"moe": MOE, "qwen2": DENSE, "llama": {**LLAMA, "initializer_range": 0.15}}
+MODELS: dict[str, dict[str, Any]] = {
+    "moe": MOE,
+    "qwen2": DENSE,
+    "llama": {**LLAMA, "initializer_range": 0.15},
+}
 LAYOUTS: dict[str, tuple[str, ParallelConfig]] = {
     "moe, tensor": ("moe", ParallelConfig(tensor=2)),
     "moe, tensor and expert": ("moe", ParallelConfig(tensor=2, expert=2)),
@@ -37,7 +41,11 @@ MTP_WEIGHT = 0.3
 
 def training_step(config: dict[str, Any], parallel: ParallelConfig, data_rank: int) -> dict[str, Any]:
     """Two chunks shared over the data axis, one backward pass each; the loss and every gradient, whole."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
 
     from r1mega.models.hf_weights import named_hf_tensors
     from r1mega.models.language_model import build_model
@@ -47,7 +55,10 @@ def training_step(config: dict[str, Any], parallel: ParallelConfig, data_rank: i
     options = ModelConfig(dtype="float32", init="random", mtp_loss_weight=MTP_WEIGHT if has_mtp else 0.0)
     model = build_model(config, options, parallel, seed=11).train()
     weights = {name: tensor.clone() for name, tensor in named_hf_tensors(model)}
-    chunks = [packed([23, 9, 32], config["vocab_size"], seed=1), packed([40, 6, 1, 5], config["vocab_size"], seed=2)]
+    chunks = [
+        packed([23, 9, 32], config["vocab_size"], seed=1),
+        packed([40, 6, 1, 5], config["vocab_size"], seed=2),
+    ]
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
     ddp = DistributedDataParallel(model.config, settings, model)
     ddp.zero_grad_buffer()
@@ -65,28 +76,59 @@ def training_step(config: dict[str, Any], parallel: ParallelConfig, data_rank: i
     return {"loss": loss, "weights": weights, "gradients": {name: g.clone() for name, g in gradients.items()}}
 
 
-def two_processes(rank: int, directory: str, port: int) -> None:
-    from r1mega.parallel import mesh
+def sharded_state(model) -> dict[str, Any]:
+    from megatron.core import parallel_state
 
-    with process_group(rank, 2, port):
-        for name, (model, parallel) in LAYOUTS.items():
-            place = mesh.init_mesh(parallel, seed=1)
-            torch.save(training_step(MODELS[model], parallel, place.data_rank), Path(directory) / f"{name} {rank}.pt")
-            mesh.destroy_mesh()
+    return model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group()})
 
 
-def one_process(_rank: int, directory: str, port: int) -> None:
+def one_process(_rank: int, directory: Path, port: int) -> None:
+    """Every model's training step, an exported model and a sharded checkpoint, as the layouts should have them."""
     with mesh_of(ParallelConfig(), 0, port):
+        from megatron.core import dist_checkpointing
+
+        from r1mega.models.hf_weights import export_hf
+        from r1mega.models.language_model import build_model
+
         for name, config in MODELS.items():
-            torch.save(training_step(config, ParallelConfig(), 0), Path(directory) / f"{name}.pt")
+            torch.save(training_step(config, ParallelConfig(), 0), directory / f"{name}.pt")
+        options = ModelConfig(dtype="float32", init="random")
+        model = build_model(MOE, options, ParallelConfig(), seed=11)
+        export_hf(model, directory / "source", directory / "no tokenizer")
+        (directory / "sharded").mkdir()
+        dist_checkpointing.save(sharded_state(model), str(directory / "sharded"))
+
+
+def two_processes(rank: int, directory: Path, port: int) -> None:
+    with process_group(rank, 2, port):
+        from megatron.core import dist_checkpointing
+
+        from r1mega.models.hf_weights import export_hf, import_hf, named_hf_tensors
+        from r1mega.models.language_model import build_model
+        from r1mega.parallel import mesh
+
+        for name, (model_name, parallel) in LAYOUTS.items():
+            place = mesh.init_mesh(parallel, seed=1)
+            result = training_step(MODELS[model_name], parallel, place.data_rank)
+            if model_name == "moe":
+                model = build_model(MOE, ModelConfig(dtype="float32"), parallel, seed=0)
+                model.load_state_dict(
+                    dist_checkpointing.load(sharded_state(model), str(directory / "sharded"))
+                )
+                result["resharded"] = {key: tensor.clone() for key, tensor in named_hf_tensors(model)}
+                model = build_model(MOE, ModelConfig(dtype="float32"), parallel, seed=0)
+                import_hf(model, directory / "source")
+                export_hf(model, directory / f"{name} export", directory / "source", max_shard_bytes=20_000)
+            torch.save(result, directory / f"{name} {rank}.pt")
+            mesh.destroy_mesh()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     """All layouts in one pair of processes, and each model in one process."""
     directory = tmp_path_factory.mktemp("layouts")
-    mp.spawn(one_process, (str(directory), free_port()), nprocs=1)
-    mp.spawn(two_processes, (str(directory), free_port()), nprocs=2)
+    mp.spawn(one_process, (directory, free_port()), nprocs=1)
+    mp.spawn(two_processes, (directory, free_port()), nprocs=2)
     return directory
 
 
@@ -115,43 +157,43 @@ def test_named_tensors_are_bit_equal_in_every_layout(layout, results):
         assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
 
 
-def export_in_a_layout(rank: int, directory: str, port: int) -> None:
-    parallel = ParallelConfig(tensor=2, expert=2)
-    with mesh_of(parallel, rank, port):
-        from r1mega.models import hf_weights, language_model
-
-        options = ModelConfig(dtype="float32")
-        model = language_model.build_model(MOE, options, parallel, seed=0)
-        hf_weights.import_hf(model, Path(directory) / "source")
-        hf_weights.export_hf(model, Path(directory) / "export", Path(directory) / "source", max_shard_bytes=20_000)
-
-
-def write_source(_rank: int, directory: str, port: int) -> None:
-    with mesh_of(ParallelConfig(), 0, port):
-        from r1mega.models import hf_weights, language_model
-
-        options = ModelConfig(dtype="float32", init="random")
-        model = language_model.build_model(MOE, options, ParallelConfig(), seed=5)
-        hf_weights.export_hf(model, Path(directory) / "source", directory)
+MOE_LAYOUTS = [name for name, (model, _) in LAYOUTS.items() if model == "moe"]
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_survives_import_and_export_in_a_layout_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_a_sharded_checkpoint_of_one_process_loads_in_every_layout(layout, results):
+    expected = torch.load(results / "moe.pt")["weights"]
+    for rank in range(2):
+        resharded = torch.load(results / f"{layout} {rank}.pt")["resharded"]
+        assert resharded.keys() == expected.keys()
+        assert all(torch.equal(resharded[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+def test_import_then_export_is_bit_exact_in_every_layout(layout, results):
     from safetensors.torch import load_file
 
-    mp.spawn(write_source, (str(tmp_path), free_port()), nprocs=1)
-    mp.spawn(export_in_a_layout, (str(tmp_path), free_port()), nprocs=2)
     source, export = (
-        {name: tensor for file in (tmp_path / folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
-        for folder in ("source", "export")
+        {
+            name: tensor
+            for file in (results / folder).glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for folder in ("source", f"{layout} export")
     )
-    assert len(list((tmp_path / "export").glob("*.safetensors"))) > 2
+    assert len(list((results / f"{layout} export").glob("*.safetensors"))) > 2
     assert source.keys() == export.keys()
     assert all(torch.equal(source[name], export[name]) for name in source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "source"]
+    assert [path.name for path in results.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_layouts_cover_every_supported_axis():
-    used = {field.name for field in dataclasses.fields(ParallelConfig) for _, layout in LAYOUTS.values()
-            if getattr(layout, field.name) != field.default}
+    used = {
+        field.name
+        for field in dataclasses.fields(ParallelConfig)
+        for _, layout in LAYOUTS.values()
+        if getattr(layout, field.name) != field.default
+    }
     assert {"tensor", "data", "expert", "expert_tensor", "sequence_parallel"} <= used

@@ -113,7 +113,10 @@ def largest_difference(model: Any, rollouts: list[Rollout], temperature: float =
         with torch.no_grad():
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         reference = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        worst = max(worst, float((reference - torch.tensor(rollout.response_logprobs)).abs().max()))
+        difference = (reference - torch.tensor(rollout.response_logprobs)).abs().max()
+        assert torch.isfinite(difference), f"log-probs {rollout.response_logprobs}"
+        worst = max(worst, float(difference))
+    assert worst > 0.0, "two programs do not agree to the last bit: nothing was compared"
     return worst
 
 

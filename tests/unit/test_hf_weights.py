@@ -49,7 +49,9 @@ def exported(config, directory, dtype="float32", **options):
 
 
 def all_tensors(directory):
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -127,7 +129,9 @@ def test_an_export_replaces_an_older_one_whole(tmp_path):
 
     model = exported(CONFIGS["qwen2 tied"], tmp_path, max_shard_bytes=5_000)
     export_hf(model, tmp_path / "model", tmp_path / "source")
-    assert [file.name for file in (tmp_path / "model").glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+    assert [file.name for file in (tmp_path / "model").glob("*.safetensors")] == [
+        "model-00001-of-00001.safetensors"
+    ]
 
 
 @pytest.mark.parametrize("config", [LLAMA, {**LLAMA, "attention_bias": False}], ids=["llama", "explicit"])
@@ -138,7 +142,9 @@ def test_a_single_file_from_another_dtype_is_read(config, tmp_path):
     tensors = all_tensors(tmp_path / "model")
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "model").mkdir()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old checkpoints hold this buffer
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+        8
+    )  # old checkpoints hold this buffer
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     model = built(config)
     import_hf(model, tmp_path / "model")
@@ -171,7 +177,10 @@ def drop(*names):
     ("change", "match"),
     [
         (drop("model.norm.weight", "lm_head.weight"), "2 missing tensors, first lm_head.weight"),
-        (drop("model.layers.2.mlp.experts.5.up_proj.weight"), "1 missing tensors, first model.layers.2.mlp.experts.5"),
+        (
+            drop("model.layers.2.mlp.experts.5.up_proj.weight"),
+            "1 missing tensors, first model.layers.2.mlp.experts.5",
+        ),
         (drop("model.layers.3.eh_proj.weight"), "num_nextn_predict_layers 0"),
         (lambda t: t.update({"model.extra": torch.ones(1)}), "1 unexpected tensors, first model.extra"),
         (
@@ -200,7 +209,7 @@ def test_copies_of_tied_tensors_need_not_be_there(tmp_path):
 def test_missing_files_are_named(tmp_path):
     from r1mega.models.hf_weights import import_hf, load_hf_config
 
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_hf_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         import_hf(built(QWEN2), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -18,12 +19,27 @@ CASES = {
     "yarn": {**DEEPSEEK_V3, "rope_scaling": YARN},
     "no q_lora": {**DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "no norm_topk_prob": {**DEEPSEEK_V3, "norm_topk_prob": False, "topk_group": 3, "n_shared_experts": 2},
-    "one expert": {**DEEPSEEK_V3, "num_experts_per_tok": 1, "first_k_dense_replace": 0, "norm_topk_prob": False},
-    "odd sizes": {**DEEPSEEK_V3, "moe_intermediate_size": 7, "n_routed_experts": 6, "n_group": 2, "v_head_dim": 5},
+    "one expert": {
+        **DEEPSEEK_V3,
+        "num_experts_per_tok": 1,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+    },
+    "odd sizes": {
+        **DEEPSEEK_V3,
+        "moe_intermediate_size": 7,
+        "n_routed_experts": 6,
+        "n_group": 2,
+        "v_head_dim": 5,
+    },
     "qwen2 tied": QWEN2,
     "qwen2": {**QWEN2, "tie_word_embeddings": False, "num_key_value_heads": 4},
     "llama3 scaling": LLAMA,
-    "llama tied": {**LLAMA, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "llama tied": {
+        **LLAMA,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
 }
 
 
@@ -39,7 +55,11 @@ def transformers_model(config, directory, seed):
 
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(directory), attn_implementation="eager"
+    )
+    if config["model_type"] == "deepseek_v3":
+        model.set_experts_implementation("eager")  # its grouped product refuses odd sizes
     scramble(model, seed)
     model.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config))
@@ -57,7 +77,7 @@ def imported(config, directory, **model_options):
 
 def sequences(batch):
     bounds = batch.cu_seqlens_S.tolist()
-    return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def transformers_logits(model, batch):
@@ -67,7 +87,9 @@ def transformers_logits(model, batch):
 def gradients_in_hf_names(model):
     from r1mega.models.hf_weights import named_hf_tensors
 
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     return dict(named_hf_tensors(model, gradients))
 
 
@@ -131,7 +153,9 @@ def test_packing_does_not_change_log_probs(case, tmp_path):
             positions_T=together.positions_T[span],
             cu_seqlens_S=torch.tensor([0, length], dtype=torch.int32),
         )
-        torch.testing.assert_close(model(alone).logprobs_T, model(together).logprobs_T[span], atol=5e-6, rtol=0)
+        torch.testing.assert_close(
+            model(alone).logprobs_T, model(together).logprobs_T[span], atol=5e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -176,11 +200,17 @@ def test_mtp_predicts_two_tokens_ahead_inside_each_sequence(tmp_path):
     save_file(tensors, tmp_path / "main" / "model.safetensors")
     reference = type(reference).from_pretrained(tmp_path / "main", attn_implementation="eager").eval()
     layer = DeepseekV3DecoderLayer(reference.config, layer_idx=1).eval()  # a layer with experts
-    state = {name: mtp[name] for name in mtp if name.split(".")[0] in ("self_attn", "mlp") or "layernorm" in name}
+    state = {
+        name: mtp[name] for name in mtp if name.split(".")[0] in ("self_attn", "mlp") or "layernorm" in name
+    }
     experts = range(config["n_routed_experts"])
-    gate_up = [torch.cat([state.pop(f"mlp.experts.{e}.{p}_proj.weight") for p in ("gate", "up")]) for e in experts]
+    gate_up = [
+        torch.cat([state.pop(f"mlp.experts.{e}.{p}_proj.weight") for p in ("gate", "up")]) for e in experts
+    ]
     state["mlp.experts.gate_up_proj"] = torch.stack(gate_up)
-    state["mlp.experts.down_proj"] = torch.stack([state.pop(f"mlp.experts.{e}.down_proj.weight") for e in experts])
+    state["mlp.experts.down_proj"] = torch.stack(
+        [state.pop(f"mlp.experts.{e}.down_proj.weight") for e in experts]
+    )
     layer.load_state_dict(state)
 
     def rms(x, weight):
@@ -247,6 +277,18 @@ def test_bfloat16_stays_close_to_float32(tmp_path):
     difference = (rounded(batch).logprobs_T - exact(batch).logprobs_T).abs()
     assert rounded(batch).logprobs_T.dtype is torch.float32
     assert difference.median() < 0.1
+
+
+def test_a_cast_of_the_model_leaves_the_correction_bias_exact():
+    from r1mega.models.language_model import build_model
+
+    model = build_model(DEEPSEEK_V3, ModelConfig(dtype="bfloat16", init="random"), PARALLEL, seed=2)
+    bias = model.decoder.layers[1].mlp.router.expert_bias
+    bias.normal_()
+    before = bias.clone()
+    model.bfloat16()
+    assert torch.equal(model.decoder.layers[1].mlp.router.expert_bias, before)
+    assert "expert_bias" in dict(model.decoder.layers[1].mlp.router.named_buffers())
 
 
 @pytest.mark.parametrize(

@@ -30,18 +30,46 @@ def test_possible_layouts_pass(parallel, config):
     ("parallel", "config", "match"),
     [
         (ParallelConfig(tensor=0), None, r"parallel\.tensor=0: every axis has at least one rank"),
-        (ParallelConfig(pipeline=2), None, r"parallel\.pipeline=2: not supported yet, only tensor, expert and data"),
+        (
+            ParallelConfig(pipeline=2),
+            None,
+            r"parallel\.pipeline=2: not supported yet, only tensor, expert and data",
+        ),
         (ParallelConfig(context=2), None, r"parallel\.context=2: not supported yet"),
         (ParallelConfig(virtual_pipeline=2), None, r"parallel\.virtual_pipeline=2: .* silently wrong"),
         (ParallelConfig(context=2), MTP, r"parallel\.context=2 with a multi-token-prediction layer"),
-        (ParallelConfig(tensor=3), DEEPSEEK_V3, r"parallel\.tensor=3 .* num_attention_heads=4; .* choice is 2"),
+        (
+            ParallelConfig(tensor=3),
+            DEEPSEEK_V3,
+            r"parallel\.tensor=3 .* num_attention_heads=4; .* choice is 2",
+        ),
         (ParallelConfig(tensor=4), QWEN2, r"parallel\.tensor=4 .* num_key_value_heads=2; .* choice is 2"),
         (ParallelConfig(tensor=2), {**QWEN2, "vocab_size": 95}, r"vocab_size=95; .* choice is 1"),
-        (ParallelConfig(data=3, expert=3), DEEPSEEK_V3, r"parallel\.expert=3 .* n_routed_experts=8; .* choice is 2"),
-        (ParallelConfig(data=2, expert=4), DEEPSEEK_V3, r"parallel\.expert=4 .* must divide .* = 2; .* choice is 2"),
-        (ParallelConfig(data=2, expert_tensor=3), DEEPSEEK_V3, r"parallel\.expert_tensor=3 must divide .* = 2"),
-        (ParallelConfig(data=5, expert_tensor=5), DEEPSEEK_V3, r"expert_tensor=5 .* moe_intermediate_size=16; .* is 4"),
-        (ParallelConfig(tensor=2, sequence_parallel=False), DEEPSEEK_V3, r"needs parallel\.sequence_parallel=true"),
+        (
+            ParallelConfig(data=3, expert=3),
+            DEEPSEEK_V3,
+            r"parallel\.expert=3 .* n_routed_experts=8; .* choice is 2",
+        ),
+        (
+            ParallelConfig(data=2, expert=4),
+            DEEPSEEK_V3,
+            r"parallel\.expert=4 .* must divide .* = 2; .* choice is 2",
+        ),
+        (
+            ParallelConfig(data=2, expert_tensor=3),
+            DEEPSEEK_V3,
+            r"parallel\.expert_tensor=3 must divide .* = 2",
+        ),
+        (
+            ParallelConfig(data=5, expert_tensor=5),
+            DEEPSEEK_V3,
+            r"expert_tensor=5 .* moe_intermediate_size=16; .* is 4",
+        ),
+        (
+            ParallelConfig(tensor=2, sequence_parallel=False),
+            DEEPSEEK_V3,
+            r"needs parallel\.sequence_parallel=true",
+        ),
         (ParallelConfig(data=2, expert=2), QWEN2, r"parallel\.expert=2: the model \(qwen2\) has no experts"),
     ],
 )

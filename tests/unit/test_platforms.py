@@ -113,7 +113,9 @@ def test_a_resumed_distributed_optimizer_counts_one_step_per_update():
     from r1mega.models.language_model import build_model
 
     def fresh():
-        model = build_model(DEEPSEEK_V3, ModelConfig(dtype="float32", init="random"), ParallelConfig(), seed=1)
+        model = build_model(
+            DEEPSEEK_V3, ModelConfig(dtype="float32", init="random"), ParallelConfig(), seed=1
+        )
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         ddp = DistributedDataParallel(model.config, settings, model)
         options = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
