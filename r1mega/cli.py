@@ -14,20 +14,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1mega import checks, overrides
-from r1mega.config import RunConfig
+from r1mega.config import ConfigError, RunConfig
+
+USERS_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+LONGEST_LINE = 600
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     signal.signal(signal.SIGTERM, _as_keyboard_interrupt)
     try:
         return options.command(options)
     except KeyboardInterrupt:
         print("r1mega: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except USERS_MISTAKES as error:
         print(f"r1mega: {_one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"r1mega: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand among the overrides, which argparse alone would refuse."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = rest if options.command is not _run else [text for text in rest if text.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command is _run:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,18 +113,26 @@ def _run_stage(config: RunConfig, path: Path) -> int:
             )
             return 0
         console.note(f"run directory {path}")
+        (path / "error.log").unlink(missing_ok=True)
         try:
             stages[config.stage](config, directory, console)
-        except (KeyboardInterrupt, ValueError, FileNotFoundError):
-            raise
         except Exception as error:
-            (path / "error.log").write_text(traceback.format_exc())
-            print(
-                f"r1mega: {type(error).__name__}: {_one_line(error)} (details: {path / 'error.log'})",
-                file=sys.stderr,
-            )
-            return 1
+            if isinstance(error, ConfigError) or (not directory.begun and isinstance(error, USERS_MISTAKES)):
+                raise
+            details = _write_traceback(path / "error.log")
+            print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
+            return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _write_traceback(file: Path) -> str:
+    """Where the exception in flight can be read in full."""
+    try:
+        file.write_text(traceback.format_exc())
+    except OSError as error:  # the disk may be what failed
+        file.unlink(missing_ok=True)
+        return f"no details: {error}"
+    return f"details: {file}"
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -124,7 +150,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split())
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
 def _as_keyboard_interrupt(_signal: int, _frame: object) -> None:

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.trl_steps < 2:
         parser.error("--trl-steps: at least 2, for the first is not counted")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwind: no process and no folder stays behind
     python = environment(options.venv)
     results: dict[str, Any] = {"machine": machine()}
     for responses in model.RESPONSES if options.responses == "both" else (options.responses,):

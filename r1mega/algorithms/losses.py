@@ -121,12 +121,12 @@ def combine(parts: Iterable[Metrics]) -> Metrics:
 
 
 def summarise(totals: Metrics) -> dict[str, float]:
-    """Combined metrics as the numbers to log: means per trained token, maxima and the loss as they are."""
+    """Combined metrics as the numbers to log: means per trained token, maxima and the losses as they are."""
     values = {key: float(value) for key, value in totals.items()}
     tokens = max(values["tokens"], 1.0)
     summary = {"tokens": values["tokens"], "loss": values["loss"]}
     for key, value in values.items():
-        if key.endswith("_max"):
+        if key.endswith("_max") or key == "mtp_loss":
             summary[key] = value
         elif key not in summary:
             summary["logprob_mismatch_mean" if key == "logprob_mismatch" else key] = value / tokens

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import pickle
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -226,7 +227,7 @@ class RolloutEngine:
 
     def _session(self, start: str, version: int, buckets: list, later: list) -> dict[str, float]:
         self._rpc(start)
-        self._rpc("update_weights", {"version": version, "buckets": buckets, "later": later})
+        self._rpc("update_weights", {"version": version, "plan": pickle.dumps((buckets, later))})
         self._rpc("finish_weight_update")
         return self._rpc("sync_times")[0]
 

@@ -109,7 +109,6 @@ def _environment(platform: Platform, tensor_parallel: int) -> dict[str, str]:
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the plan of a weight sync goes to our own worker processes
         "HF_HUB_OFFLINE": "1",  # models are directories
     }
     if platform is CPU:

@@ -7,9 +7,10 @@ remaining buckets are still received, so that the trainer and the other engines 
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,9 +53,8 @@ class SyncAddress(WeightTransferInitInfo):
 @dataclass
 class SyncSession(WeightTransferUpdateInfo):
     version: int
-    buckets: list[Bucket]
-    later: list[Bucket] = field(default_factory=list)
-    """Buckets of the session after this one: received and dropped when this one fails."""
+    plan: bytes
+    """Pickled (buckets of this session, buckets of the one after it); vLLM's own messages lose their classes."""
 
 
 class SyncEngine(WeightTransferEngine[SyncAddress, SyncSession]):
@@ -84,16 +84,17 @@ class SyncEngine(WeightTransferEngine[SyncAddress, SyncSession]):
 
     def receive_weights(self, update_info: SyncSession) -> None:
         self.times = {"transfer_seconds": 0.0, "load_seconds": 0.0}
+        buckets, later = pickle.loads(update_info.plan)
         fault: WeightSyncError | None = None
         with disable_mtp_completeness_check():
-            for bucket, bytes_N, header in self._arriving(update_info.buckets):
+            for bucket, bytes_N, header in self._arriving(buckets):
                 fault = fault or _compare(bucket, bytes_N, header, update_info.version)
                 if fault is None:
                     began = time.monotonic()
                     self._load(bucket, bytes_N)
                     self.times["load_seconds"] += time.monotonic() - began
         if fault is not None:
-            for _ in self._arriving(update_info.later):
+            for _ in self._arriving(later):  # the trainer sends on: take it and drop it
                 pass
             raise fault
 
@@ -189,4 +190,4 @@ def _expand_batch_to_tokens(
 
 
 if current_platform.is_cpu():
-    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens  # type: ignore[assignment]

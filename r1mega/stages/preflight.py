@@ -5,6 +5,7 @@ checks.py has the checks that need no file; these read the model's config.json.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ def check_model(config: RunConfig) -> None:
         )
 
 
-def check_vocabulary(config: RunConfig, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose ids the model has no embedding for."""
+def check_vocabulary(config: RunConfig, sequences: Iterable[Sequence[int]]) -> None:
+    """Refuse token ids that the model has no embedding for."""
     size = load_hf_config(config.model.path)["vocab_size"]
-    if len(tokenizer) > size:
+    largest = max(max(token_ids) for token_ids in sequences)
+    if largest >= size:
         raise ConfigError(
-            f"{config.model.tokenizer or config.model.path}: the tokenizer has {len(tokenizer)} tokens, the model "
-            f"{size} (vocab_size in {config.model.path}/config.json); set model.tokenizer= to the model's own"
+            f"{config.model.tokenizer or config.model.path}: its tokenizer gives {config.data.path} token {largest}, the "
+            f"model has {size} (vocab_size in {config.model.path}/config.json); set model.tokenizer= to the model's own"
         )
 
 

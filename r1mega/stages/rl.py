@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from r1mega.data.packing import pack
 from r1mega.data.prompts import PromptSet, PromptStream, read_prompts
 from r1mega.report import write_report
 from r1mega.rewards.scoring import Scorer
-from r1mega.rollout.engine import RolloutEngine, RolloutGroup, rollout_sampling
+from r1mega.rollout.engine import EngineDied, RolloutEngine, RolloutGroup, rollout_sampling
 from r1mega.rollout.weight_sync import WeightMetadata
 from r1mega.samples import Prompt, ScoredRollout
 from r1mega.stages.console import Console
@@ -53,8 +53,8 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     """Train to the end, resuming from the newest checkpoint; leaves `hf/`, results.json and report.html."""
     check_model(config)
     tokenizer = load_tokenizer(config.model)
-    check_vocabulary(config, tokenizer)
     prompts = read_prompts(config.data, tokenizer, seed=config.seed)
+    check_vocabulary(config, (prompt.token_ids for prompt in prompts.train + prompts.heldout))
     console.note(
         f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
         f"({prompts.dropped} over data.max_prompt_tokens dropped)"
@@ -127,7 +127,9 @@ class ReinforcementLearning:
         return job
 
     async def stop(self) -> None:
-        await self.engines.close()
+        """End the workers. One that is dead already has been named by the exception that ends the run."""
+        with suppress(EngineDied):
+            await self.engines.close()
         self.policy.kill()
 
     async def _resume(self) -> None:

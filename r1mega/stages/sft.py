@@ -36,10 +36,10 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     """Train to the end, resuming from the newest checkpoint; leaves `hf/` and results.json."""
     check_model(config)
     tokenizer = load_tokenizer(config.model)
-    check_vocabulary(config, tokenizer)
     documents = read_documents(
         config.data, tokenizer, seed=config.seed, loss_on=config.sft.loss_on, max_length=config.sft.max_length
     )
+    check_vocabulary(config, (document.token_ids for document in documents.train))
     if len(documents.train) < config.sft.batch_size:
         raise ConfigError(
             f"sft.batch_size={config.sft.batch_size} is more than the {len(documents.train)} documents in {config.data.path}"

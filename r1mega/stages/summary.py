@@ -23,8 +23,8 @@ def combine_reports(reports: Sequence[dict[str, Any]], num_updates: int = 1) -> 
         if report["counted"]
     ]
     metrics = summarise(combine(counted))
+    metrics |= {name: metrics[name] / num_updates for name in ("loss", "mtp_loss") if name in metrics}
     return metrics | {
-        "loss": metrics["loss"] / num_updates,
         "grad_norm": reports[0]["grad_norm"],
         "lr": reports[0]["lr"],
         "peak_memory_gib": max(report["peak_memory_bytes"] for report in reports) / GIB,

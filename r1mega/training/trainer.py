@@ -117,8 +117,7 @@ class Trainer:
             batch = _to(batch, self.device)
             outputs = self._forward(self.optimizer.ddp, batch)
             loss, metrics = sft_loss(outputs.logprobs_T, batch)
-            self._backward(loss, outputs)
-            parts.append(metrics)
+            parts.append(metrics | self._backward(loss, outputs))
         report = self.optimizer.step(step)
         return self._report(parts, [report.grad_norm], report.lr)
 
@@ -130,15 +129,16 @@ class Trainer:
         for batch in chunks:
             outputs = self._forward(self.optimizer.ddp, batch, need_entropy=True)
             loss, metrics = grpo_loss(outputs.logprobs_T, outputs.entropy_T, batch, self.config.grpo)
-            self._backward(loss, outputs)
-            parts.append(metrics)
+            parts.append(metrics | self._backward(loss, outputs))
         return combine(parts)
 
-    def _backward(self, loss: Tensor, outputs: TokenOutputs) -> None:
-        weight = self.config.model.mtp_loss_weight
-        if outputs.mtp_loss_sum is not None and weight > 0:
-            loss = loss + weight * outputs.mtp_loss_sum
-        loss.backward()
+    def _backward(self, loss: Tensor, outputs: TokenOutputs) -> Metrics:
+        """Gradients of the loss and of the multi-token-prediction loss, which is returned where there is one."""
+        if outputs.mtp_loss_sum is None:
+            loss.backward()
+            return {}
+        (loss + self.config.model.mtp_loss_weight * outputs.mtp_loss_sum).backward()
+        return {"mtp_loss": outputs.mtp_loss_sum.detach().double()}
 
     def _with(
         self, mini_batches: list[list[PackedBatch]], field: str, model: torch.nn.Module

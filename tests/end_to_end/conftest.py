@@ -1,4 +1,4 @@
-"""Ray and two vLLM engines, started once per session."""
+"""Started once per session: Ray with two vLLM engines; a whole SFT run and a whole RL run on its model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import WholeRun, completions, sums, whole_run, write_jsonl
 from rollout_fixtures import checkpoint_weights, deepseek, save_tokenizer, spawn_engine
 
 from r1mega.config import DataConfig, GRPOConfig, ModelConfig, RolloutConfig, RunConfig
+
+SFT = (
+    "run", "configs/tiny/base.py", "num_steps=30", "parallel.data=1", "sft.batch_size=16",
+    "optimizer.lr=5e-3", "optimizer.warmup_steps=3", "checkpoint.every=10", "checkpoint.keep=3",
+)  # fmt: skip
+RL = (
+    "run", "configs/tiny/r1_zero.py", "num_steps=5", "parallel.data=1", "rollout.engines=1",
+    "grpo.group_size=4", "grpo.questions_per_step=8", "rollout.max_tokens=40", "data.eval_size=8",
+    "rewards.cpu_seconds=0.2", "optimizer.warmup_steps=0", "checkpoint.every=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """30 steps from random weights; its hf/ answers sums in the right format, at random."""
+    scratch = tmp_path_factory.mktemp("sft")
+    data = write_jsonl(scratch / "completions.jsonl", completions(seed=0))
+    return whole_run((*SFT, f"data={data}"), scratch)
+
+
+@pytest.fixture(scope="session")
+def rl_run(sft_run: WholeRun, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """5 steps from the SFT model, with checkpoints at 2, 4 and 5."""
+    scratch = tmp_path_factory.mktemp("rl")
+    data = write_jsonl(scratch / "sums.jsonl", sums())
+    return whole_run((*RL, f"model={sft_run.directory / 'hf'}", f"data={data}"), scratch)
 
 
 @pytest.fixture(scope="session")

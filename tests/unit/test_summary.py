@@ -1,0 +1,66 @@
+"""From reports and scored rollouts to the numbers of one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from r1mega.samples import Prompt, Reward, Rollout, ScoredRollout
+from r1mega.stages.summary import combine_reports, rollout_metrics
+
+
+def report(counted: bool = True, **totals: float) -> dict[str, Any]:
+    return {
+        "totals": totals, "counted": counted, "grad_norm": 2.0, "lr": 0.1, "peak_memory_bytes": 1 << 30,
+    }  # fmt: skip
+
+
+def test_means_are_over_the_tokens_of_all_replicas() -> None:
+    metrics = combine_reports(
+        [report(tokens=10, loss=0.5, entropy=20.0, ratio_deviation_max=0.1),
+         report(tokens=30, loss=0.25, entropy=20.0, ratio_deviation_max=0.3)]
+    )  # fmt: skip
+    assert metrics["tokens"] == 40
+    assert metrics["loss"] == 0.75, "losses carry their weight already"
+    assert metrics["entropy"] == 1.0
+    assert metrics["ratio_deviation_max"] == 0.3
+    assert (metrics["grad_norm"], metrics["lr"], metrics["peak_memory_gib"]) == (2.0, 0.1, 1.0)
+
+
+def test_a_tensor_group_counts_once_but_its_memory_fully() -> None:
+    second = report(counted=False, tokens=10, loss=0.5) | {"peak_memory_bytes": 3 << 30}
+    metrics = combine_reports([report(tokens=10, loss=0.5), second])
+    assert (metrics["tokens"], metrics["loss"], metrics["peak_memory_gib"]) == (10, 0.5, 3.0)
+
+
+def test_losses_are_the_mean_of_the_updates() -> None:
+    metrics = combine_reports([report(tokens=10, loss=3.0, mtp_loss=6.0)], num_updates=3)
+    assert (metrics["loss"], metrics["mtp_loss"]) == (1.0, 2.0)
+
+
+def scored(text: str, accuracy: float, verdict: str, finish: str = "stop") -> ScoredRollout:
+    prompt = Prompt("p", "1+1", "2", "math", "1+1=", (1, 2))
+    rollout = Rollout(prompt, 0, (1,) * len(text), (-0.5,) * len(text), text, finish, 0)
+    return ScoredRollout(
+        rollout,
+        Reward(accuracy + 1.0, {"accuracy": accuracy, "format": 1.0}, {"accuracy": verdict, "format": "ok"}),
+    )
+
+
+def test_rollouts_are_averaged_and_verdicts_counted() -> None:
+    metrics = rollout_metrics(
+        [scored("wait, 2", 1.0, "equal"), scored("3", 0.0, "unequal"), scored("4" * 10, 0.0, "truncated", "length"),
+         scored("5", 0.0, "unequal")]
+    )  # fmt: skip
+    assert metrics["accuracy"] == 0.25
+    assert metrics["format"] == 1.0
+    assert metrics["reward"] == 1.25
+    assert metrics["truncated"] == 0.25
+    assert metrics["response_length"] == pytest.approx((7 + 1 + 10 + 1) / 4)
+    verdicts = {name: value for name, value in metrics.items() if name.startswith("verdict/")}
+    assert verdicts == {
+        "verdict/accuracy:equal": 1, "verdict/accuracy:truncated": 1, "verdict/accuracy:unequal": 2,
+        "verdict/format:ok": 4,
+    }  # fmt: skip
+    assert metrics["words/wait"] == 0.25
