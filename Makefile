@@ -10,6 +10,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(PY) -m pip install --quiet --no-deps --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(PROFILE)
 EXTENSION := kernels/r1mega_kernels/.built
+# make demo SEED=2 is another run, beside the first.
+DEMO := runs/tiny$(if $(SEED),-seed$(SEED))
+DEMO_SEED := $(if $(SEED),seed=$(SEED))
 # Tiny models: more threads only fight each other.
 export OMP_NUM_THREADS ?= 1
 
@@ -39,8 +42,8 @@ $(EXTENSION): $(STAMP) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	@touch $@
 
 demo: setup
-	@$(PY) -m r1mega run configs/tiny/base.py $(DEMO_ARGS)
-	@$(PY) -m r1mega run configs/tiny/r1_zero.py $(DEMO_ARGS)
+	@$(PY) -m r1mega run configs/tiny/base.py dir=$(DEMO)/base $(DEMO_SEED)
+	@$(PY) -m r1mega run configs/tiny/r1_zero.py dir=$(DEMO)/r1_zero model=$(DEMO)/base/hf $(DEMO_SEED)
 
 test: setup
 	@$(PY) -m pytest -q -m "not slow" --durations=15

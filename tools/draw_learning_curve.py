@@ -11,7 +11,9 @@ from r1mega.training.metrics import read_jsonl
 
 def main(run_dir: str, out: str) -> None:
     metrics = read_jsonl(Path(run_dir) / "metrics.jsonl")
-    Path(out).write_text(learning_curve_svg(metrics, title="R1-Zero on two CPU cores: accuracy and format by step"))
+    Path(out).write_text(
+        learning_curve_svg(metrics, title="R1-Zero on two CPU cores: accuracy and format by step")
+    )
 
 
 if __name__ == "__main__":

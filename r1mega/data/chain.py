@@ -68,9 +68,9 @@ class BaseMix:
     """Plain words."""
     copies: float = 0.06
     """A string, a bar, the string again or reversed."""
-    untagged: float = 0.22
+    untagged: float = 0.20
     """Question, then an answer without tags."""
-    direct: float = 0.10
+    direct: float = 0.24
     """Question, empty thought, tagged answer. The rest of the mix are worked solutions."""
     direct_right: float = 0.5
     """How often an answer without worked steps is the right one."""

@@ -325,6 +325,7 @@ def test_a_killed_driver_leaves_no_process(
     assert len(list(cluster_watch.processes_of(folder))) > 3
     driver.send_signal(how)
     driver.wait(timeout=30)
+    driver.stdout.close()
     deadline = time.monotonic() + 20
     while os.path.exists(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
