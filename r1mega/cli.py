@@ -1,12 +1,13 @@
 """The command line: `r1mega run | report | bench`.
 
 Exit codes: 0 done; 2 the user's mistake (one line on stderr: what, where, how to mend it); 1 a fault of
-ours or the machine's (one line, and the traceback in the run directory); 130 interrupted by Ctrl-C.
+ours or the machine's (one line, and the traceback in the run directory); 130 interrupted by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import signal
 import sys
 import traceback
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _as_keyboard_interrupt)
     try:
         return options.command(options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("r1mega: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     except USERS_MISTAKES as error:

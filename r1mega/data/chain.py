@@ -1,8 +1,8 @@
 """`chain`: left-to-right arithmetic modulo 10, the task on which the tiny model shows R1-Zero on a CPU.
 
-    question  3+4*2-9        evaluated left to right, every intermediate value taken modulo 10
+    question  3 + 4 * 2 - 9  evaluated left to right, every intermediate value taken modulo 10
     answer    5              one digit: a random one earns 10 % (CHANCE), always "0" earns 18 %
-    worked    3+4=7;7*2=4;4-9=5
+    worked    3+4=7*2=4-9=5
 
 The answer of a chain is hard to give in one step for a small model and easy when the steps are
 written down; so reinforcement learning has something to find: to think before it answers.
@@ -44,7 +44,7 @@ class ChainProblem:
 
     @property
     def question(self) -> str:
-        return str(self.start) + "".join(f"{operator}{digit}" for operator, digit in self.steps)
+        return str(self.start) + "".join(f" {operator} {digit}" for operator, digit in self.steps)
 
     @property
     def answer(self) -> str:
@@ -153,13 +153,16 @@ def base_documents(
 
 
 def worked(problem: ChainProblem, rng: random.Random, noise: float) -> tuple[str, str]:
-    """(steps, answer) written out; a step is a random digit with probability `noise`, and the rest goes on from it."""
-    value, lines = problem.start, []
+    """(steps, answer) written out; a step is a random digit with probability `noise`, and the rest goes on from it.
+
+    A step has four characters, as an operation of the question has, so that what comes next always stands
+    equally far back: a model with rotary positions learns to copy it within a minute.
+    """
+    value, steps = problem.start, str(problem.start)
     for operator, digit in problem.steps:
-        result = rng.randrange(10) if rng.random() < noise else apply(value, operator, digit)
-        lines.append(f"{value}{operator}{digit}={result}")
-        value = result
-    return ";".join(lines), str(value)
+        value = rng.randrange(10) if rng.random() < noise else apply(value, operator, digit)
+        steps += f"{operator}{digit}={value}"
+    return steps, str(value)
 
 
 def check_operations(operations: int) -> None:

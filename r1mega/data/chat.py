@@ -32,7 +32,7 @@ def r1_zero(question: str) -> str:
 
 def tiny_zero(question: str) -> str:
     """R1-Zero's idea at character level, for the toy `chain`: nothing tells the model to use the tags,
-    its base training has shown it some. "3+4*2" -> "Q:3+4*2=?A:"."""
+    its base training has shown it some. "3 + 4 * 2" -> "Q:3 + 4 * 2=?A:"."""
     return f"Q:{question}=?A:"
 
 

@@ -54,6 +54,8 @@ class PromptSet:
     """Prompts of both sides longer than data.max_prompt_tokens."""
     duplicates: int
     """Training rows that repeat a held-out question."""
+    unanswered: int
+    """Rows of both sides whose answer is null or empty: MATH's training file has a few."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class QuestionAnswer:
     id: str
     question: str
     answer: str
+    """Empty where the file has null or no text."""
 
 
 class PromptStream:
@@ -164,20 +167,26 @@ def read_prompts(data: DataConfig, tokenizer: Any, *, seed: int) -> PromptSet:
         train, heldout = _generated_chain(data, seed)
     else:
         train, heldout = _split(data)
+    rows = len(train)
+    answered = [[qa for qa in side if qa.answer] for side in (train, heldout)]
+    unanswered = len(train) + len(heldout) - sum(map(len, answered))
+    train, heldout = answered
     heldout_questions = {_squeezed(qa.question) for qa in heldout}
     kept = [qa for qa in train if _squeezed(qa.question) not in heldout_questions]
     train_prompts = _tokenised(kept, to_text, tokenizer, data.max_prompt_tokens)
     heldout_prompts = _tokenised(heldout, to_text, tokenizer, data.max_prompt_tokens)
     if not train_prompts:
         raise ConfigError(
-            f"{data.path}: none of {len(train)} training prompts is left ({len(train) - len(kept)} repeat held-out "
-            f"questions, {len(kept)} are longer than data.max_prompt_tokens={data.max_prompt_tokens})"
+            f"{data.path}: none of {rows} training prompts is left ({rows - len(train)} have no answer, "
+            f"{len(train) - len(kept)} repeat held-out questions, {len(kept)} are longer than "
+            f"data.max_prompt_tokens={data.max_prompt_tokens})"
         )
     return PromptSet(
         train=train_prompts,
         heldout=heldout_prompts,
         dropped=len(kept) + len(heldout) - len(train_prompts) - len(heldout_prompts),
         duplicates=len(train) - len(kept),
+        unanswered=unanswered,
     )
 
 
@@ -328,11 +337,15 @@ def _text(row: Row, column: str, setting: str) -> str:
 def _question_answers(path: str, data: DataConfig, name: str) -> list[QuestionAnswer]:
     rows = read_rows(path, name)
     question, answer = _fields(rows, data, QUESTION_ANSWER)
+
+    def reference(row: Row) -> str:
+        if row.columns.get(answer, answer) in (None, ""):
+            return ""
+        return final_answer(_text(row, answer, "data.answer_field"), row.where, answer)
+
     return [
         QuestionAnswer(
-            id=f"{Path(path).name}:{row.index}",
-            question=_text(row, question, "data.question_field"),
-            answer=final_answer(_text(row, answer, "data.answer_field"), row.where, answer),
+            f"{Path(path).name}:{row.index}", _text(row, question, "data.question_field"), reference(row)
         )
         for row in rows
     ]

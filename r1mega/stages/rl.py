@@ -26,6 +26,7 @@ from r1mega.rollout.weight_sync import WeightMetadata
 from r1mega.samples import Prompt, ScoredRollout
 from r1mega.stages.console import Console
 from r1mega.stages.evaluate import Evaluation, evaluate
+from r1mega.stages.interrupt import cancel_on_sigterm
 from r1mega.stages.placement import place
 from r1mega.stages.policy import PolicyWorker
 from r1mega.stages.preflight import check_model, check_vocabulary
@@ -57,7 +58,7 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     check_vocabulary(config, (prompt.token_ids for prompt in prompts.train + prompts.heldout))
     console.note(
         f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
-        f"({prompts.dropped} over data.max_prompt_tokens dropped)"
+        f"({prompts.dropped} over data.max_prompt_tokens and {prompts.unanswered} without an answer dropped)"
     )
     directory.begin()
     with cluster.start(config):
@@ -65,6 +66,7 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
 
 
 async def _run(config: RunConfig, directory: RunDirectory, prompts: PromptSet, console: Console) -> None:
+    cancel_on_sigterm()
     console.phase(f"starting {config.world_size} trainer rank(s) and {config.rollout.engines} vLLM engine(s)")
     async with Scorer(config.rewards) as scorer:
         job = await ReinforcementLearning.start(config, directory, prompts, scorer, console)

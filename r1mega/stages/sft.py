@@ -19,6 +19,7 @@ from r1mega.data.packing import pack
 from r1mega.data.prompts import Document, read_documents
 from r1mega.samples import Sample
 from r1mega.stages.console import Console
+from r1mega.stages.interrupt import cancel_on_sigterm
 from r1mega.stages.placement import place
 from r1mega.stages.preflight import check_model, check_vocabulary
 from r1mega.stages.run_directory import RunDirectory
@@ -58,6 +59,7 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
 async def _train(
     config: RunConfig, directory: RunDirectory, documents: list[Document], console: Console
 ) -> None:
+    cancel_on_sigterm()
     console.phase(f"starting {config.world_size} trainer rank(s)")
     placement = place(config, platforms.detect(config.platform))
     trainer = await cluster.WorkerGroup.create(

@@ -13,10 +13,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from r1mega.training.optimizer import Optimizer
 
@@ -54,6 +57,16 @@ def _sharded_state(
     return state
 
 
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """torch wraps every rank's exception in one that is no Exception, so that few handlers see it."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise OSError(f"{what} (rank {rank}: {type(cause).__name__}: {cause})") from error
+
+
 def save(
     root: Path,
     step: int,
@@ -78,11 +91,12 @@ def save(
         partial.mkdir(parents=True)
     dist.barrier()
     try:
-        dist_checkpointing.save(
-            _sharded_state(model, reference, optimizer, loading=False),
-            str(partial),
-            validate_access_integrity=False,
-        )
+        with _plain_errors(f"{final}: the checkpoint cannot be written"):
+            dist_checkpointing.save(
+                _sharded_state(model, reference, optimizer, loading=False),
+                str(partial),
+                validate_access_integrity=False,
+            )
         dist.barrier()
         if first:
             (partial / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
@@ -98,10 +112,11 @@ def save(
 
 
 def load(path: Path, model: LanguageModel, reference: LanguageModel | None, optimizer: Optimizer) -> None:
-    """Read a checkpoint into a model of any layout. Called on every rank."""
+    """Read a checkpoint into a model of any layout. Called on every rank. Raises OSError when it is damaged."""
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load(_sharded_state(model, reference, optimizer, loading=True), str(path))
+    with _plain_errors(f"{path}: the checkpoint cannot be read; delete it to use the one before"):
+        state = dist_checkpointing.load(_sharded_state(model, reference, optimizer, loading=True), str(path))
     model.load_state_dict(state["model"])
     optimizer.megatron.load_state_dict(state["optimizer"])
     if reference is not None:

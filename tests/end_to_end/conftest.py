@@ -22,7 +22,8 @@ SFT = (
 RL = (
     "run", "configs/tiny/r1_zero.py", "num_steps=5", "parallel.data=1", "rollout.engines=1",
     "grpo.group_size=4", "grpo.questions_per_step=8", "rollout.max_tokens=40", "data.eval_size=8",
-    "rewards.cpu_seconds=0.2", "optimizer.warmup_steps=0", "checkpoint.every=2",
+    "rewards.cpu_seconds=0.2", "optimizer.warmup_steps=0", "optimizer.lr=3e-4",
+    "checkpoint.every=2",
 )  # fmt: skip
 
 

@@ -86,8 +86,8 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         r"holds no tokenizer \(tokenizer\.json\): set model\.tokenizer=PATH",
     ),
     "tokenizer of another model": (
-        lambda path: (*RL, f"model={copied_model(path / 'model', vocab_size=60)}"),
-        r"its tokenizer gives generated:chain token \d+, the model has 60 \(vocab_size",
+        lambda path: (*RL, f"model={copied_model(path / 'model', vocab_size=20)}"),
+        r"its tokenizer gives generated:chain token \d+, the model has 20 \(vocab_size",
     ),
     "missing data file": (
         lambda path: (*RL, f"data={path}/nothing.jsonl"),

@@ -47,8 +47,8 @@ def save_qwen2(path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
         bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(path)
@@ -79,7 +79,7 @@ def arguments(model: Path, directory: Path, dtype: str) -> tuple[str, ...]:
     return (
         "run", "configs/gsm8k/r1_zero.py", f"model={model}", f"data={GSM8K}", f"dir={directory}",
         "platform=cpu", f"model.dtype={dtype}", f"rollout.dtype={dtype}", "num_steps=2",
-        "grpo.group_size=4", "grpo.questions_per_step=2", "data.max_prompt_tokens=320", "data.eval_size=4",
+        "grpo.group_size=4", "grpo.questions_per_step=2", "data.max_prompt_tokens=448", "data.eval_size=4",
         "rollout.max_tokens=24", "rollout.max_concurrent=16", "rollout.kv_cache_gib=0.0625",
         "parallel.tokens_per_chunk=1024",
     )  # fmt: skip
@@ -122,11 +122,11 @@ def test_two_updates_on_gsm8k(architecture: str, dtype: str, tmp_path: Path) -> 
 @pytest.mark.skipif(not MATH.exists(), reason=f"no MATH at {MATH}")
 def test_the_training_file_of_math_is_read_whole(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path)
-    prompts = read_prompts(
-        DataConfig(path=str(MATH), eval_size=100, max_prompt_tokens=10**6), tokenizer, seed=1
-    )
+    data = DataConfig(path=str(MATH), eval_size=100, max_prompt_tokens=10**6)
+    prompts = read_prompts(data, tokenizer, seed=1)
     rows = json.loads(MATH.read_text())
-    assert len(prompts.train) + len(prompts.heldout) + prompts.duplicates == len(rows)
+    assert len(prompts.train) + len(prompts.heldout) + prompts.duplicates + prompts.unanswered == len(rows)
+    assert prompts.unanswered == sum(not row["answer"] for row in rows) > 0
     assert prompts.dropped == 0
     assert prompts.train[0].question == rows[0]["problem"]
     assert prompts.train[0].answer == rows[0]["answer"]

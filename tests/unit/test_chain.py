@@ -24,7 +24,7 @@ TAGGED = re.compile(r"<think>(.*)</think><answer>(\d)</answer>")
 
 def test_a_chain_is_evaluated_left_to_right_modulo_ten() -> None:
     problem = ChainProblem(3, (("+", 4), ("*", 2), ("-", 9)))
-    assert problem.question == "3+4*2-9"
+    assert problem.question == "3 + 4 * 2 - 9"
     assert problem.answer == "5"
     assert apply(2, "-", 7) == 5  # -5 mod 10
 
@@ -34,9 +34,9 @@ def test_worked_steps_without_noise_lead_to_the_answer() -> None:
     for problem in chain_problems(200, 4, seed=rng.randrange(1000), heldout=False):
         steps, answer = worked(problem, rng, noise=0.0)
         assert answer == problem.answer
-        assert len(steps.split(";")) == 4
-        for step in steps.split(";"):
-            left, right = step.split("=")
+        assert len(steps) == 1 + 4 * len(problem.steps)
+        for i in range(len(problem.steps)):
+            left, right = steps[4 * i : 4 * i + 5].split("=")
             assert eval(left) % 10 == int(right)
 
 
@@ -118,7 +118,8 @@ def _kind(question: str, text: str) -> str:
 
 
 def _answer(question: str) -> str:
-    value = int(question[0])
-    for operator, digit in zip(question[1::2], question[2::2], strict=True):
+    start, *rest = question.split()
+    value = int(start)
+    for operator, digit in zip(rest[::2], rest[1::2], strict=True):
         value = eval(f"{value}{operator}{digit}") % 10
     return str(value)

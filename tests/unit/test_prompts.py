@@ -196,7 +196,8 @@ def failing(tmp_path: Path, content: str, **settings: Any) -> DataConfig:
         ('{"question": "a", "answer": "1"}\n{"question": "b"\n', r"bad.jsonl:2: not JSON"),
         ('{"frage": "a", "zahl": "1"}\n', r"columns are frage, zahl;.*set data.question_field="),
         ('{"question": "a", "answer": "1"}\n\n{"question": "b"}\n', r"bad.jsonl:3: no column 'answer'"),
-        ('{"question": "a", "answer": null}\n', r"bad.jsonl:1: column 'answer' is None"),
+        ('{"question": "a", "answer": [1]}\n', r"bad.jsonl:1: column 'answer' is \[1\]"),
+        ('{"question": "a", "answer": null}\n', r"none of 1 training prompts is left \(1 have no answer"),
         ('{"question": "a", "answer": "so ####  "}\n', r"bad.jsonl:1: no final answer in column 'answer'"),
         ('{"problem": "a", "solution": "so 5"}\n', r"bad.jsonl:1: no final answer in column 'solution'"),
         ("[1, 2]\n", r"bad.jsonl row 1: int instead of an object"),
@@ -299,7 +300,7 @@ def test_base_documents_fit_the_tiny_tokenizer_and_mask_their_question(tokenizer
         assert document.token_ids[-1] == tokenizer.eos_token_id
         text = tokenizer.decode(document.token_ids)
         untrained = document.loss_mask.count(0)
-        assert untrained == (len("Q:1+1+1+1+1=?A:") if text.startswith("Q:") else 1)
+        assert untrained == (len("Q:1 + 1 + 1 + 1 + 1=?A:") if text.startswith("Q:") else 1)
     assert documents == read_documents(data, tokenizer, seed=2)
 
 
