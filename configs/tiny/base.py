@@ -17,9 +17,9 @@ from r1mega.config import (
 config = RunConfig(
     stage="sft",
     platform="cpu",
-    num_steps=1000,
+    num_steps=800,
     model=ModelConfig(path="configs/tiny/model", init="random", dtype="float32", router_bias_rate=1e-3),
-    data=DataConfig(path="generated:chain-base", template="tiny_zero", operations=4, size=64_000),
+    data=DataConfig(path="generated:chain-base", template="tiny_zero", operations=4, size=51_200),
     sft=SFTConfig(batch_size=64, max_length=256, num_epochs=1, loss_on="response"),
     parallel=ParallelConfig(data=2, tokens_per_chunk=4096),
     optimizer=OptimizerConfig(
