@@ -22,10 +22,10 @@ class VLLMAlone:
 
     def __init__(self, config: RunConfig, threads: int, rounds: Sequence[Sequence[Prompt]], first_step: int):
         platform = platforms.detect(config.platform)
-        os.environ.update(vllm_engine._environment(platform, config.rollout.tensor_parallel))
+        os.environ.update(vllm_engine.environment(platform, config.rollout.tensor_parallel))
         platform.set_threads(threads)
         if platform is platforms.CPU:
-            vllm_engine._forbid_torch_compile()
+            vllm_engine.forbid_torch_compile()
         from vllm import LLM
 
         options = vllm_engine.engine_options(config, platform, config.model.path, seed=config.seed)

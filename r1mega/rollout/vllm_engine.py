@@ -37,10 +37,10 @@ def build_engine(
     Raises ConfigError for a model directory that cannot be served.
     """
     options = engine_options(config, platform, model_path, seed)
-    os.environ.update(_environment(platform, config.rollout.tensor_parallel))
+    os.environ.update(environment(platform, config.rollout.tensor_parallel))
     platform.set_threads(threads)  # of the calling thread, which OpenMP asks; vLLM on CPU forbids it later
     if platform is CPU:
-        _forbid_torch_compile()
+        forbid_torch_compile()
     from vllm import EngineArgs, LLMEngine
 
     return LLMEngine.from_engine_args(EngineArgs(**options))
@@ -105,23 +105,23 @@ def _cpu_options(config: RunConfig, max_model_len: int) -> dict[str, Any]:
     return options
 
 
-def _environment(platform: Platform, tensor_parallel: int) -> dict[str, str]:
-    environment = {
+def environment(platform: Platform, tensor_parallel: int) -> dict[str, str]:
+    variables = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "HF_HUB_OFFLINE": "1",  # models are directories
     }
     if platform is CPU:
-        environment |= {
+        variables |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_MLA_DISABLE": "1",  # the CPU's latent-attention kernel takes one latent size; this serves all
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines would all bind to the first cores
             "TORCHDYNAMO_DISABLE": "1",
         }
-    return environment
+    return variables
 
 
-def _forbid_torch_compile() -> None:
+def forbid_torch_compile() -> None:
     """vLLM compiles the rank of a log-prob with the C++ compiler at the first request: 16 s for nothing on CPU."""
     import torch._dynamo
 

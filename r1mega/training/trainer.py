@@ -144,10 +144,12 @@ class Trainer:
         self, mini_batches: list[list[PackedBatch]], field: str, model: torch.nn.Module
     ) -> list[list[PackedBatch]]:
         """Add `model`'s log-probs to every chunk."""
-        return [
-            [dataclasses.replace(batch, **{field: self.logprobs(model, batch)}) for batch in chunks]
-            for chunks in mini_batches
-        ]
+
+        def with_logprobs(batch: PackedBatch) -> PackedBatch:
+            added: dict[str, Any] = {field: self.logprobs(model, batch)}
+            return dataclasses.replace(batch, **added)
+
+        return [[with_logprobs(batch) for batch in chunks] for chunks in mini_batches]
 
     def _maybe_refresh_reference(self, step: int) -> None:
         """R1: the reference model is replaced by the latest policy every `reference_every` steps.
@@ -218,5 +220,6 @@ class Trainer:
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    moved: dict[str, Any] = {k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)}
+    return dataclasses.replace(batch, **moved)

@@ -55,7 +55,13 @@ def in_processes(size: int, function: Callable, *args: Any) -> None:
 
 
 def _enter(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
-    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
     from r1mega.training.trainer import Trainer
 
@@ -139,9 +145,12 @@ def gates(trainer, _out: Path) -> None:
     assert unchanged(before)
 
     honest = [
-        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk)) for chunk in chunks
+        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
+        for chunk in chunks
     ]
-    poisoned = [dataclasses.replace(chunk, advantages_T=chunk.advantages_T * float("nan")) for chunk in honest]
+    poisoned = [
+        dataclasses.replace(chunk, advantages_T=chunk.advantages_T * float("nan")) for chunk in honest
+    ]
     with pytest.raises(NonFiniteGradient):
         trainer.rl_update([poisoned], 0)
     assert unchanged(before)
@@ -151,7 +160,8 @@ def gates(trainer, _out: Path) -> None:
     assert not unchanged(before)
 
     trainer.config = dataclasses.replace(
-        trainer.config, gates=dataclasses.replace(trainer.config.gates, ratio=-1.0, logprob_mean=10, logprob_max=50)
+        trainer.config,
+        gates=dataclasses.replace(trainer.config.gates, ratio=-1.0, logprob_mean=10, logprob_max=50),
     )
     with pytest.raises(GateFailed, match="on-policy-ratio"):
         trainer.rl_update([honest], 2)
