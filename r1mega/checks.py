@@ -175,11 +175,16 @@ def _rl(config: RunConfig) -> Iterator[str]:
     if config.rewards.accuracy == config.rewards.format == 0:
         yield "rewards.accuracy=0: every reward weight is 0, so there is nothing to learn from"
     longest = config.data.max_prompt_tokens + max(value for _, value in rollout.max_tokens)
-    if config.parallel.tokens_per_chunk < longest:
+    if _chunk(config) < longest:
         yield (
             f"parallel.tokens_per_chunk={config.parallel.tokens_per_chunk}: the longest sequence has {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_tokens) and is never cut; set it to {longest} or more"
         )
+
+
+def _chunk(config: RunConfig) -> int:
+    """Tokens a packed micro-batch can really hold: chunks are padded to the alignment."""
+    return config.parallel.tokens_per_chunk // config.token_alignment * config.token_alignment
 
 
 def _sft(config: RunConfig) -> Iterator[str]:
@@ -188,7 +193,7 @@ def _sft(config: RunConfig) -> Iterator[str]:
         yield "sft.num_epochs=0: with num_steps=0 nothing would be trained; set one of them"
     if sft.batch_size < parallel.data:
         yield f"sft.batch_size={sft.batch_size}: fewer sequences than replicas (parallel.data={parallel.data})"
-    if parallel.tokens_per_chunk < sft.max_length:
+    if _chunk(config) < sft.max_length:
         yield (
             f"parallel.tokens_per_chunk={parallel.tokens_per_chunk}: shorter than sft.max_length={sft.max_length}, "
             f"and a sequence is never cut; set it to {sft.max_length} or more"

@@ -86,6 +86,16 @@ def start(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def require_gpus(count: int) -> None:
+    """Raise ConfigError where the cluster has fewer GPUs than a run's workers hold: they would wait for ever."""
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if count > found:
+        raise ConfigError(
+            f"the run needs {count} GPUs (trainer ranks and engines hold different ones), the cluster has {found}: "
+            "lower parallel.* or rollout.engines and rollout.tensor_parallel, or join a larger cluster (RAY_ADDRESS)"
+        )
+
+
 def _init(**options: Any) -> None:
     assert not ray.is_initialized(), "cluster.start is entered once at a time"
     # A dead worker rises as WorkerDied; without this Ray also prints a paragraph about it to standard output.

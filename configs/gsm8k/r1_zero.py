@@ -2,7 +2,7 @@
 
     r1mega run configs/gsm8k/r1_zero.py model=DIR data=FILE
 
-Sized for a model of about 1B parameters on one GPU with GSM8K-like questions; smaller than the paper's
+Sized for a model of about 1B parameters on two GPUs (trainer and engine) with GSM8K-like questions; smaller than the paper's
 recipe (configs/r1/01_r1_zero.py) in everything but the algorithm. On CPU add platform=cpu and
 model.dtype=float32 rollout.dtype=float32, and lower rollout.max_tokens.
 """

@@ -24,14 +24,14 @@ RESPONSES = ("varying", "uniform")
 MAX_TOKENS = {"varying": 256, "uniform": 64}
 MEAN_LETTERS = 57
 """Mean number of letters of a "varying" response, before the cap: 60 tokens with answer and end."""
-OPERATIONS = 5
-"""Of data/chain.py: prompts of 17 tokens."""
+OPERATIONS = 3
+"""Of data/chain.py: prompts of 19 tokens."""
 
 SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 DIGITS = tuple("0123456789")
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyzBCDEFG")
-VOCABULARY = (*SPECIAL, *TAGS, *DIGITS, *"+-*=?:QA", *LETTERS, "_", "\n")
+VOCABULARY = (*SPECIAL, *TAGS, *DIGITS, *"+-*=?:QA", *LETTERS, " ", "\n")
 ID = {token: i for i, token in enumerate(VOCABULARY)}
 
 NEVER = -40.0

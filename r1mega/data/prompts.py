@@ -147,10 +147,10 @@ class PromptStream:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Hash of the prompts' ids and texts, in order."""
+    """Hash of the prompts' ids, texts and answers, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(f"{prompt.id}\0{prompt.text}\0".encode())
+        digest.update(f"{prompt.id}\0{prompt.text}\0{prompt.answer}\0".encode())
     return digest.hexdigest()[:16]
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,13 +229,18 @@ def export_hf(
     writer = dist.get_rank() == 0
     scratch = None
     if writer:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    _write_shards(named_hf_tensors(model), scratch, max_shard_bytes)
-    if scratch is not None:
-        _write_config(model, scratch)
-        _copy_small_files(Path(source_dir), scratch)
-        _replace_directory(scratch, path)
+        scratch = path.with_name(f".writing-{path.name}")
+        shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
+        scratch.mkdir(parents=True)
+    try:
+        _write_shards(named_hf_tensors(model), scratch, max_shard_bytes)
+        if scratch is not None:
+            _write_config(model, scratch)
+            _copy_small_files(Path(source_dir), scratch)
+            _replace_directory(scratch, path)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     dist.barrier()
 
 

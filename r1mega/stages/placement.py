@@ -39,6 +39,10 @@ class Placement:
             "cpus": self._cpus(self.engine_gpus),
         }
 
+    def total_gpus(self, config: RunConfig) -> int:
+        """GPUs that a reinforcement-learning run holds."""
+        return config.world_size * self.trainer_gpus + config.rollout.engines * self.engine_gpus
+
     def _cpus(self, gpus: int) -> int:
         """Cores to reserve: a GPU worker wants one; CPU workers take turns and reserve none."""
         return 1 if gpus else 0

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r1mega import cluster, platforms
 from r1mega.algorithms.credit import Credit, build_samples
-from r1mega.config import RunConfig
+from r1mega.config import ConfigError, RunConfig
 from r1mega.data import chain
 from r1mega.data.packing import pack
 from r1mega.data.prompts import PromptSet, PromptStream, read_prompts
@@ -60,6 +62,11 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
         f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
         f"({prompts.dropped} over data.max_prompt_tokens and {prompts.unanswered} without an answer dropped)"
     )
+    if not prompts.heldout:
+        raise ConfigError(
+            f"no held-out problem in {config.data.eval_path or config.data.path}: "
+            "set data.eval_size above 0, or data.eval_path=FILE"
+        )
     directory.begin()
     with cluster.start(config):
         asyncio.run(_run(config, directory, prompts, console))
@@ -103,6 +110,7 @@ class ReinforcementLearning:
     ) -> ReinforcementLearning:
         """Bring up trainer and engines side by side, resume, and join them for weight sync."""
         placement = place(config, platforms.detect(config.platform))
+        cluster.require_gpus(placement.total_gpus(config))
         tokenizer_path = config.model.tokenizer or config.model.path
         handles = [
             cluster.spawn(
@@ -168,7 +176,7 @@ class ReinforcementLearning:
         `time/checkpoint` is the save that followed the rollout before.
         """
         config, began = self.config, time.monotonic()
-        prompts = self.stream.take(config.questions_per_rollout)
+        prompts = tell_apart(self.stream.take(config.questions_per_rollout))
         with self._timed("generate"):
             scored = await self._generate(prompts)
         with self._timed("pack"):
@@ -212,6 +220,11 @@ class ReinforcementLearning:
             raise LostRollouts(
                 f"gate every-rollout-counts, step {self.step}: {expected} outputs were asked for, {len(scored)} came back, "
                 f"{trained} are trained on and {credit.num_masked} masked"
+            )
+        if not all(credit.mini_batches):
+            raise LostRollouts(
+                f"gate every-rollout-counts, step {self.step}: a mini-batch has no output left, all were cut at the "
+                "length limit and masked (grpo.mask_truncated): raise rollout.max_tokens"
             )
         if versions != {self.step}:
             raise LostRollouts(
@@ -262,6 +275,17 @@ class ReinforcementLearning:
         began = time.monotonic()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.monotonic() - began
+
+
+def tell_apart(prompts: list[Prompt]) -> list[Prompt]:
+    """A question drawn twice for one rollout becomes two: groups and sampling seeds go by a prompt's id."""
+    seen: Counter[str] = Counter()
+    told = []
+    for prompt in prompts:
+        seen[prompt.id] += 1
+        repeats = seen[prompt.id]
+        told.append(prompt if repeats == 1 else replace(prompt, id=f"{prompt.id} again {repeats}"))
+    return told
 
 
 def _eval_metrics(evaluation: Evaluation) -> dict[str, float]:

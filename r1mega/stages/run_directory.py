@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform as python_platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,9 @@ RESUMABLE = (
     "eval.",
     "rewards.workers",
     "rollout.timeout_seconds",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory",
+    "rollout.max_concurrent",
     "sync.",
     "gates.",
 )
@@ -76,10 +80,23 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Record the run, once its inputs are known to be good: a run refused before leaves nothing to undo."""
+        for partial in [*self.path.glob(".writing-*"), *self.checkpoints.glob(".writing-*")]:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()  # of a run that was killed
+        stored, new = self.path / "lineage.json", lineage(self.config)
+        if stored.exists():
+            self._check_same_inputs(json.loads(stored.read_text())["inputs"], new["inputs"])
+        else:
+            write_json(stored, new)
         write_json(self.path / "config.json", overrides.to_dict(self.config))
-        if not (self.path / "lineage.json").exists():
-            write_json(self.path / "lineage.json", lineage(self.config))
         self.begun = True
+
+    def _check_same_inputs(self, old: dict[str, str], new: dict[str, str]) -> None:
+        for name in new:
+            if name in old and old[name] != new[name]:
+                raise ConfigError(
+                    f"{self.path} was started with another {name} ({old[name]}, now {new[name]}): "
+                    "choose another directory with dir=PATH, or remove this one"
+                )
 
     def __exit__(self, *exc: object) -> None:
         self._lock.close()

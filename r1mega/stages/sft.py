@@ -62,6 +62,7 @@ async def _train(
     cancel_on_sigterm()
     console.phase(f"starting {config.world_size} trainer rank(s)")
     placement = place(config, platforms.detect(config.platform))
+    cluster.require_gpus(config.world_size * placement.trainer_gpus)
     trainer = await cluster.WorkerGroup.create(
         Trainer,
         config,

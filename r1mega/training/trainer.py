@@ -91,6 +91,7 @@ class Trainer:
         Returns {"totals": metric sums of this rank, "counted": whether this rank's sums count (one of each
         tensor group does), "grad_norm", "lr", ...}. Raises GateFailed before the first step changes anything.
         """
+        self._maybe_refresh_reference(step)
         mini_batches = [[_to(batch, self.device) for batch in chunks] for chunks in mini_batches]
         if self.reference is not None:
             mini_batches = self._with(mini_batches, "ref_logprobs_T", self.reference)
@@ -99,7 +100,6 @@ class Trainer:
         parts: list[Metrics] = []
         norms: list[float] = []
         for k, chunks in enumerate(mini_batches):
-            self._maybe_refresh_reference(step + k)
             totals = self._accumulate(chunks)
             if k == 0:
                 self._check_first_update(totals, step)
@@ -154,8 +154,7 @@ class Trainer:
     def _maybe_refresh_reference(self, step: int) -> None:
         """R1: the reference model is replaced by the latest policy every `reference_every` steps.
 
-        Within one rollout the reference log-probs are those of its start, so a refresh takes effect with the
-        next rollout.
+        Those are always a rollout's first step (checks.py), before its reference log-probs are computed.
         """
         every = self.config.grpo.reference_every
         if self.reference is not None and every and step > 0 and step % every == 0:
@@ -167,7 +166,7 @@ class Trainer:
         tokens = max(float(totals["tokens"]), 1.0)
         mean = float(totals["logprob_mismatch"]) / tokens
         worst = float(totals["logprob_mismatch_max"])
-        if mean > gates.logprob_mean or worst > gates.logprob_max:
+        if not (mean <= gates.logprob_mean and worst <= gates.logprob_max):  # NaN fails too
             raise GateFailed(
                 f"gate rollout-logprobs, step {step}: engine and trainer disagree by {mean:.2e} on average and "
                 f"{worst:.2e} at most (bounds gates.logprob_mean={gates.logprob_mean}, "
@@ -180,8 +179,9 @@ class Trainer:
                 f"gate on-policy-ratio, step {step}: the first update's ratio is off 1 by {ratio:.2e} "
                 f"(bound gates.ratio={gates.ratio})"
             )
-        if float(totals["kl"]) < 0:
-            raise GateFailed(f"gate kl, step {step}: the k3 KL sum is negative ({float(totals['kl']):.3e})")
+        kl = float(totals.get("kl", 0.0))
+        if not kl >= 0:
+            raise GateFailed(f"gate kl, step {step}: the k3 KL sum is {kl:.3e}, which cannot be")
 
     def _report(self, parts: list[Metrics], norms: list[float], lr: float) -> dict[str, Any]:
         return {

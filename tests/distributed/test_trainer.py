@@ -172,6 +172,44 @@ def test_gates_stop_an_update_before_the_weights_change(tmp_path):
     in_processes(1, gates, config, tmp_path)
 
 
+def without_reference(trainer, _out: Path) -> None:
+    (chunks,) = batch(0, trainer.config.parallel, rl=True)
+    honest = [
+        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
+        for chunk in chunks
+    ]
+    report = trainer.rl_update([honest], 0)
+    assert trainer.reference is None
+    assert "kl" not in report["totals"]
+    from r1mega.training.trainer import GateFailed
+
+    lost = [dataclasses.replace(c, rollout_logprobs_T=c.rollout_logprobs_T * float("nan")) for c in honest]
+    with pytest.raises(GateFailed, match="rollout-logprobs"):
+        trainer.rl_update([lost], 1)
+
+
+def test_without_kl_there_is_no_reference_and_nan_fails_the_gate(tmp_path):
+    config = config_of(tmp_path / "model", "rl", grpo=GRPOConfig(kl_coef=0.0))
+    in_processes(1, without_reference, config, tmp_path)
+
+
+def refreshing(trainer, _out: Path) -> None:
+    (chunks,) = batch(0, trainer.config.parallel, rl=True)
+    for step in range(3):
+        honest = [
+            dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
+            for chunk in chunks
+        ]
+        kl = trainer.rl_update([honest], step)["totals"]["kl"]
+        assert (kl > 1e-6) == (step == 1), f"step {step}: kl {kl}"
+
+
+def test_the_reference_becomes_the_policy_every_n_steps(tmp_path):
+    """The KL is zero at the start, not after one update, and zero again where the reference is refreshed."""
+    config = config_of(tmp_path / "model", "rl", grpo=GRPOConfig(kl_coef=0.01, reference_every=2))
+    in_processes(1, refreshing, config, tmp_path)
+
+
 def failing_save(trainer, out: Path) -> None:
     from r1mega.training import checkpoint
 

@@ -69,10 +69,11 @@ def test_layers_add_little_to_the_prescribed_logits(tmp_path):
     assert (found_TV - wanted_TV).abs().max() < 0.01
 
 
-def test_prompts_have_seventeen_tokens(tmp_path):
+def test_prompts_have_nineteen_known_tokens(tmp_path):
     model.write_model(tmp_path, "uniform")
     prompts = step.training_prompts(step.run_config(tmp_path, "uniform", 1))
-    assert {len(prompt.token_ids) for prompt in prompts} == {17}
+    assert {len(prompt.token_ids) for prompt in prompts} == {19}
+    assert not any(model.ID["<unk>"] in prompt.token_ids for prompt in prompts)
 
 
 def test_an_unknown_kind_of_response_is_the_users_mistake():
@@ -87,7 +88,7 @@ def random_samples(num, rng):
     for _ in range(num):
         length = int(rng.integers(20, 60))
         mask = np.zeros(length - 1, dtype=np.float32)
-        mask[17:] = 1
+        mask[19:] = 1
         samples.append(
             Sample(
                 token_ids=rng.integers(8, 50, length),
