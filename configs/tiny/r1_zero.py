@@ -39,7 +39,7 @@ config = RunConfig(
         engines=2, max_tokens=((0, 64),), dtype="float32", kv_cache_gib=0.25, max_concurrent=128
     ),
     parallel=ParallelConfig(data=2, tokens_per_chunk=8192),
-    optimizer=OptimizerConfig(lr=3e-4, warmup_steps=10),
+    optimizer=OptimizerConfig(lr=3e-4, min_lr=2e-5, schedule="cosine", warmup_steps=10),
     rewards=RewardConfig(workers=1),
     sync=SyncConfig(bucket_mib=16),
     gates=GateConfig(logprob_mean=1e-4, logprob_max=0.5),
