@@ -70,9 +70,9 @@ def test_a_finished_run_says_so(rl_run: WholeRun, tmp_path: Path) -> None:
 
 def test_another_setting_in_the_same_directory_is_refused(rl_run: WholeRun, tmp_path: Path) -> None:
     before = (rl_run.directory / "config.json").read_bytes()
-    finished = r1mega(*rl_run.arguments, f"dir={rl_run.directory}", "optimizer.lr=1e-5", scratch=tmp_path)
+    finished = r1mega(*rl_run.arguments, f"dir={rl_run.directory}", "optimizer.lr=1e-4", scratch=tmp_path)
     assert finished.code == 2
-    assert re.search(r"holds a run with optimizer\.lr=0\.0003, now 1e-05: .*dir=PATH", finished.message)
+    assert re.search(r"holds a run with optimizer\.lr=0\.0003, now 0\.0001: .*dir=PATH", finished.message)
     assert (rl_run.directory / "config.json").read_bytes() == before
 
 
