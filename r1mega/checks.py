@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from r1mega.config import ConfigError, RunConfig, Schedule
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("rl", "sft"),
+    "stage": ("rl", "sft", "reward_model", "preference_pairs"),
     "platform": ("auto", "cuda", "cpu"),
     "model.init": ("checkpoint", "random"),
     "model.dtype": ("float32", "bfloat16"),
@@ -23,6 +23,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "grpo.split": ("output", "group"),
     "grpo.aggregation": ("sequence_mean", "token_mean", "fixed_length"),
     "grpo.ratio": ("token", "sequence"),
+    "rewards.isolation": ("full", "process"),
+    "reward_model.objective": ("pairwise", "pointwise"),
+    "reward_model.reads": ("summary", "response"),
     "sft.loss_on": ("response", "all"),
 }
 
@@ -35,6 +38,8 @@ POSITIVE = """
     sync.bucket_mib sync.timeout_seconds
     grpo.questions_per_step grpo.mini_batches grpo.clip_low grpo.clip_high
     rewards.workers rewards.cpu_seconds rewards.memory_mib
+    rewards.jails rewards.code_seconds rewards.code_memory_mib
+    judge.concurrency judge.timeout_seconds
     sft.batch_size sft.max_length checkpoint.keep
     gates.logprob_mean gates.logprob_max gates.ratio
 """
@@ -45,7 +50,7 @@ NON_NEGATIVE = """
     optimizer.min_lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
     rollout.temperature rollout.kv_cache_gib rollout.speculative_tokens
     grpo.kl_coef grpo.reference_every grpo.std_epsilon grpo.importance_cap
-    rewards.accuracy rewards.format sft.num_epochs
+    sft.num_epochs judge.requests_per_minute
     checkpoint.every eval.every eval.max_tokens
 """
 
@@ -112,6 +117,23 @@ def _values(config: RunConfig) -> Iterator[str]:
     if config.rollout.speculative_tokens > 8:
         yield f"rollout.speculative_tokens={config.rollout.speculative_tokens}: one MTP layer drafts 1 to 8 tokens"
     yield from _schedule("rollout.max_tokens", config.rollout.max_tokens)
+    if len(config.judge.price) != 2 or min(config.judge.price) < 0:
+        yield f"judge.price={config.judge.price}: two prices of a million tokens, prompt and completion, 0 or more"
+    yield from _weights("rewards.weights", config.rewards.weights)
+    for task, row in config.rewards.task_weights.items():
+        if isinstance(row, dict):
+            yield from _weights(f"rewards.task_weights[{task}]", row)
+        else:
+            yield f"rewards.task_weights[{task}]={row!r}: it must be a table of term -> weight"
+
+
+def _weights(name: str, row: dict[str, float]) -> Iterator[str]:
+    for term, weight in row.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not isinstance(term, str) or not number or not 0 <= weight < float("inf"):
+            yield f"{name}={row}: {term} has weight {weight!r}, it must be a number of 0 or more"
+    if not any(row.values()):
+        yield f"{name}={row}: every weight is 0, so there is nothing to learn from"
 
 
 def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
@@ -134,7 +156,7 @@ def _schedule(name: str, schedule: Schedule) -> Iterator[str]:
 
 def _general(config: RunConfig) -> Iterator[str]:
     """What holds for every stage."""
-    if not config.model.path:
+    if not config.model.path and config.stage != "preference_pairs":
         yield "model.path=: give the Hugging Face directory of the model, model=DIR"
     if not config.data.path:
         yield "data.path=: give the questions' file, data=FILE, or data=generated:chain"
@@ -146,7 +168,7 @@ def _general(config: RunConfig) -> Iterator[str]:
 
 
 def _stage(config: RunConfig) -> Iterator[str]:
-    yield from _rl(config) if config.stage == "rl" else _sft(config)
+    yield from STAGES[config.stage](config)
 
 
 def _rl(config: RunConfig) -> Iterator[str]:
@@ -172,8 +194,6 @@ def _rl(config: RunConfig) -> Iterator[str]:
         yield "rollout.temperature=0: greedy outputs of a group are all equal; training needs a temperature above 0"
     if rollout.top_p < 1:
         yield f"rollout.top_p={rollout.top_p}: the trainer's log-probs are of the whole vocabulary; training needs 1.0"
-    if config.rewards.accuracy == config.rewards.format == 0:
-        yield "rewards.accuracy=0: every reward weight is 0, so there is nothing to learn from"
     longest = config.data.max_prompt_tokens + max(value for _, value in rollout.max_tokens)
     if _chunk(config) < longest:
         yield (
@@ -198,3 +218,26 @@ def _sft(config: RunConfig) -> Iterator[str]:
             f"parallel.tokens_per_chunk={parallel.tokens_per_chunk}: shorter than sft.max_length={sft.max_length}, "
             f"and a sequence is never cut; set it to {sft.max_length} or more"
         )
+
+
+def _reward_model(config: RunConfig) -> Iterator[str]:
+    yield from _sft(config)
+    if config.model.mtp_loss_weight:
+        yield f"model.mtp_loss_weight={config.model.mtp_loss_weight}: a reward model predicts no tokens; set it to 0"
+    needed = 2 * config.sft.max_length + config.token_alignment - 1
+    if config.reward_model.objective == "pairwise" and config.parallel.tokens_per_chunk < needed:
+        yield (
+            f"parallel.tokens_per_chunk={config.parallel.tokens_per_chunk}: a pair lies in one chunk whole, each text up to "
+            f"sft.max_length={config.sft.max_length} tokens; set it to {needed} or more"
+        )
+
+
+def _preference_pairs(config: RunConfig) -> Iterator[str]:
+    judge = config.judge
+    if not judge.url:
+        yield "judge.url=: give the judge's endpoint, for example judge.url=http://127.0.0.1:8000/v1"
+    if not judge.model:
+        yield "judge.model=: give the model's name at the endpoint"
+
+
+STAGES = {"rl": _rl, "sft": _sft, "reward_model": _reward_model, "preference_pairs": _preference_pairs}

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        help="one stage: reinforcement learning or supervised fine-tuning",
+        help="one stage: reinforcement learning, fine-tuning, a reward model or preference pairs",
         description="Run the stage that CONFIG describes; the same command again continues an interrupted run.",
         epilog="example: r1mega run configs/gsm8k/r1_zero.py model=PATH data=PATH grpo.group_size=8",
     )
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     bench = commands.add_parser("bench", help="measure the system on this machine")
-    bench.add_argument("what", choices=["step", "packing", "linear_logprob", "all"])
+    bench.add_argument("what", choices=["step", "rewards", "packing", "linear_logprob", "all"])
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
     bench.add_argument(
         "--responses",
@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         default="both",
         help="step: lengths of the responses",
     )
+    bench.add_argument(
+        "--parts",
+        default="",
+        metavar="A,B",
+        help="rewards: only these (math, jail, code, text, judge, overlap)",
+    )
+    bench.add_argument("--shared", metavar="DIR", help="rewards: folder whose data/ has the labelled sets")
     bench.set_defaults(command=_bench)
     return parser
 
@@ -100,11 +107,16 @@ def run_directory(config: RunConfig, config_file: str) -> Path:
 
 
 def _run_stage(config: RunConfig, path: Path) -> int:
-    from r1mega.stages import rl, sft
+    from r1mega.stages import preference_pairs, reward_model, rl, sft
     from r1mega.stages.console import Console
     from r1mega.stages.run_directory import RunDirectory
 
-    stages = {"rl": rl.run, "sft": sft.run}
+    stages = {
+        "rl": rl.run,
+        "sft": sft.run,
+        "reward_model": reward_model.run,
+        "preference_pairs": preference_pairs.run,
+    }
     console = Console()
     with RunDirectory(path, config) as directory:
         results = directory.results()
@@ -146,7 +158,8 @@ def _report(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from r1mega import bench
 
-    bench.run(options.what, options.json, options.responses)
+    parts = [part for part in options.parts.split(",") if part]
+    bench.run(options.what, options.json, options.responses, parts=parts, shared=options.shared)
     return 0
 
 

@@ -15,6 +15,22 @@ from dataclasses import dataclass, field
 Schedule = tuple[tuple[int, int], ...]
 """Piecewise-constant value over steps: ((first_step, value), ...), first_step ascending from 0."""
 
+Weights = dict[str, float]
+"""Reward term -> its weight."""
+TaskWeights = dict[str, dict[str, float]]
+"""Task -> reward term -> its weight."""
+
+PRESETS: dict[str, Weights] = {
+    "r1_zero": {"accuracy": 1.0, "format": 1.0},
+    "reasoning": {"accuracy": 1.0, "format": 1.0, "language": 1.0},
+    "helpful": {"helpful": 1.0, "format": 1.0, "language": 1.0},
+    "safety": {"safety": 1.0, "format": 1.0, "language": 1.0},
+    "contradicted_by_the_paper_70_30": {"accuracy": 0.7, "format": 0.3},
+    "contradicted_by_the_paper_50_30_20": {"helpful": 0.5, "safety": 0.3, "readability": 0.2},
+}
+"""Named sums, as in rewards.weights=reasoning. The first four are the paper's (R1, 2.2, 3.2); the last two go round
+in notes about it (70 % accuracy and 30 % process; 50/30/20 helpful, harmless, readable), and the paper says otherwise."""
+
 
 class ConfigError(ValueError):
     """A user's mistake in a setting: what, where and how to mend it, in one line."""
@@ -49,6 +65,8 @@ class DataConfig:
     question_field: str = ""
     """Column of the question; empty tries the known formats (GSM8K, MATH, prompt/completion)."""
     answer_field: str = ""
+    task: str = "math"
+    """Task of rows without a column `task`; it routes a prompt to its rewards: math, code, choice, logic, ..."""
     template: str = "r1_zero"
     """Key of data/chat.py's TEMPLATES."""
     max_prompt_tokens: int = 1024
@@ -164,14 +182,62 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    accuracy: float = 1.0
-    """Weight of the accuracy term (R1-Zero: equal weights)."""
-    format: float = 1.0
+    weights: Weights = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
+    """Terms of the sum and their weights (R1-Zero: accuracy + format, equal). A term of weight 0 is measured only."""
+    task_weights: TaskWeights = field(default_factory=dict)
+    """Tasks with a sum of their own, as {"general": {"helpful": 1.0, "format": 1.0}}; all others use `weights`."""
+    model_on_reasoning: bool = False
+    """Let a reward model score tasks that a rule can verify; the paper saw it hacked and did not (R1, 2.2)."""
     workers: int = 2
     """Killable scoring processes."""
     cpu_seconds: float = 5.0
     """CPU-time limit of one answer comparison; over it the verdict is "timeout"."""
     memory_mib: int = 2048
+    jails: int = 4
+    """Programs that run at once in jails; a program with assert tests takes two."""
+    isolation: str = "full"
+    """"full": namespaces, seccomp, rlimits, own uid; the weaker mode must be named, "process": rlimits,
+    seccomp, and Landlock where the kernel has it."""
+    code_seconds: float = 10.0
+    """CPU-time limit of one test of a program."""
+    code_memory_mib: int = 512
+    exact_chinese: bool = False
+    """Count Chinese words by jieba instead of Han characters / 1.6."""
+    helpful_model: str = ""
+    """Reward model (HF directory with a scalar head) of the term "helpful"; it reads the final summary only."""
+    safety_model: str = ""
+    """Reward model of the term "safety"; it reads the whole response."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint: the term "judge" and preference pairs."""
+
+    url: str = ""
+    """Base address, for example http://127.0.0.1:8000/v1."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; an endpoint that wants none may leave it unset."""
+    concurrency: int = 16
+    """Requests under way at once."""
+    requests_per_minute: int = 0
+    """0: no limit."""
+    timeout_seconds: float = 120.0
+    """Of one try; a request is tried up to six times."""
+    cache: str = ""
+    """File that keeps every answer, so that a repeated question costs nothing; empty: none."""
+    price: tuple[float, ...] = (0.0, 0.0)
+    """Cost of a million prompt tokens and of a million completion tokens, in any currency."""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Training of a reward model (R1, section 3.1); batch, length and epochs are those of `sft`."""
+
+    objective: str = "pairwise"
+    """"pairwise" (helpful: chosen above rejected) | "pointwise" (safety: safe or unsafe)."""
+    reads: str = "summary"
+    """"summary" (what follows </think>) | "response" (reasoning included)."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +281,7 @@ class GateConfig:
 @dataclass(frozen=True)
 class RunConfig:
     stage: str = "rl"
-    """"rl" | "sft"."""
+    """"rl" | "sft" | "reward_model" | "preference_pairs"."""
     dir: str = ""
     """Run directory; empty means runs/<config file's folder>/<its name>."""
     seed: int = 1
@@ -231,6 +297,8 @@ class RunConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

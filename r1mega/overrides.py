@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1mega.config import ConfigError, RunConfig, Schedule
+from r1mega.config import PRESETS, ConfigError, RunConfig, Schedule, TaskWeights, Weights
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -93,6 +93,9 @@ def format_value(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        nested = any(isinstance(item, dict) for item in value.values())
+        return json.dumps(value) if nested else ",".join(f"{name}:{item}" for name, item in value.items())
     if isinstance(value, tuple):
         return ",".join(":".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
     return str(value)
@@ -160,7 +163,7 @@ def _hint_of(name: str) -> Any:
     ]
     sections = [entry.name for entry in dataclasses.fields(RunConfig) if f"{entry.name}.path" in hints]
     by_section = difflib.get_close_matches(name, sections, n=1, cutoff=0.6)
-    guesses = same_leaf or near or by_leaf or by_section
+    guesses = same_leaf or near or by_section or by_leaf
     mend = f"did you mean {' or '.join(map(repr, guesses))}?" if guesses else "--show lists all settings"
     raise ConfigError(f"unknown setting {name!r}; {mend}")
 
@@ -208,6 +211,24 @@ def _parse_schedule(text: str) -> Schedule:
     return tuple((int(first), int(value)) for first, value in pairs)
 
 
+def _parse_weights(text: str) -> Weights:
+    """name:weight pairs, or the name of a preset."""
+    if text in PRESETS:
+        return dict(PRESETS[text])
+    pairs = [pair.split(":") for pair in text.split(",") if text]
+    return {name.strip(): _parse_float(weight) for name, weight in pairs}
+
+
+def _parse_task_weights(text: str) -> TaskWeights:
+    """A JSON object of objects of numbers."""
+    tasks = json.loads(text) if text else {}
+    if not isinstance(tasks, dict) or not all(isinstance(row, dict) for row in tasks.values()):
+        raise ValueError(text)
+    return {
+        task: {name: _parse_float(str(weight)) for name, weight in row.items()} for task, row in tasks.items()
+    }
+
+
 TYPES: dict[Any, _Type] = {
     bool: _Type(_parse_bool, "true or false", "true"),
     int: _Type(int, "a whole number", "16"),
@@ -215,6 +236,12 @@ TYPES: dict[Any, _Type] = {
     str: _Type(str, "text", "name"),
     Schedule: _Type(
         _parse_schedule, "a whole number or a schedule first_step:value,...", "0:32768,8200:65536"
+    ),
+    Weights: _Type(
+        _parse_weights, f"a list of term:weight, or one of {', '.join(PRESETS)}", "accuracy:1,format:1"
+    ),
+    TaskWeights: _Type(
+        _parse_task_weights, "a JSON object task -> term -> weight", """'{"general": {"helpful": 1}}'"""
     ),
 }
 

@@ -21,7 +21,7 @@ class Prompt:
     answer: str
     """Reference answer, as the data file has it (already extracted: GSM8K's text after ####)."""
     task: str
-    """Key that routes to a reward: "math"."""
+    """Key that routes to its rewards: "math", "code", "choice", "logic", or a task of the data's own."""
     text: str
     """The question inside its template: exactly what the engine reads."""
     token_ids: tuple[int, ...]
@@ -42,15 +42,17 @@ class Rollout:
     """"stop" | "length"."""
     weight_version: int
     """Version of the weights that sampled it."""
+    max_tokens: int = 0
+    """The length limit it was sampled under; 0 where nobody set one."""
 
 
 @dataclass(frozen=True)
 class Reward:
     total: float
     terms: dict[str, float]
-    """Unweighted value of each term."""
+    """Unweighted value of each term of the prompt's task."""
     verdicts: dict[str, str]
-    """Why: accuracy in {equal, unequal, unparsable, timeout, too_long, missing}, format in {ok, ...}."""
+    """Why, for each term: "equal", "timeout", "missing_think", ..."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class PackedBatch:
     """float32, 0 where loss_mask is 0."""
     num_padding: int = 0
     """Tokens at the end that belong to no sample."""
+    members: tuple[int, ...] = ()
+    """Which of the packed samples lie here, in order (padding is none)."""
     advantages_T: Tensor | None = None
     rollout_logprobs_T: Tensor | None = None
     old_logprobs_T: Tensor | None = None

@@ -75,7 +75,7 @@ config = RunConfig(
         ratio="token",
         mask_truncated=False,  # [open]
     ),
-    rewards=RewardConfig(accuracy=1.0, format=1.0),
+    rewards=RewardConfig(weights={"accuracy": 1.0, "format": 1.0}),
     checkpoint=CheckpointConfig(every=400, keep=2),
     eval=EvalConfig(every=400),
 )

@@ -1,6 +1,7 @@
 """`r1mega bench`: how fast the system and its kernels are on this machine.
 
 step             one reinforcement-learning step, phase by phase, beside vLLM alone and transformers alone
+rewards          every reward: throughput, latency, verdicts, beside its goals
 packing          a million sequences into chunks (r1mega_kernels/packing)
 linear_logprob   the fused head (r1mega_kernels/linear_logprob)
 """
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,24 @@ KERNEL_BENCHES = {
 RESPONSES = ("varying", "uniform", "both")
 
 
-def run(what: str, json_path: str | None = None, responses: str = "both") -> None:
+def run(
+    what: str,
+    json_path: str | None = None,
+    responses: str = "both",
+    *,
+    parts: Sequence[str] = (),
+    shared: str | None = None,
+) -> None:
     """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`."""
     if responses not in RESPONSES:
         raise ConfigError(f"--responses {responses}: it is one of {', '.join(RESPONSES)}")
-    chosen = ["step", *KERNEL_BENCHES] if what == "all" else [what]
+    chosen = ["step", "rewards", *KERNEL_BENCHES] if what == "all" else [what]
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen:
-        results[name] = _step(responses) if name == "step" else _kernel(name)
+        if name == "step":
+            results[name] = _step(responses)
+        else:
+            results[name] = _rewards(parts, shared) if name == "rewards" else _kernel(name)
         if json_path:
             write_json(Path(json_path), results)
 
@@ -43,6 +55,12 @@ def _step(responses: str) -> dict[str, Any]:
 
     kinds = model.RESPONSES if responses == "both" else (responses,)
     return {kind: step.run(kind) for kind in kinds}
+
+
+def _rewards(parts: Sequence[str], shared: str | None) -> dict[str, Any]:
+    from r1mega.bench import rewards
+
+    return rewards.run(parts, shared)
 
 
 def _kernel(name: str) -> Any:

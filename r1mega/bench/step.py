@@ -13,8 +13,7 @@ import os
 import socket
 import statistics
 import tempfile
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from r1mega.data.packing import pack
 from r1mega.data.prompts import PromptStream, read_prompts
 from r1mega.rewards.scoring import Scorer
 from r1mega.rollout.vllm_alone import VLLMAlone
-from r1mega.samples import Prompt, Rollout, ScoredRollout
+from r1mega.samples import Prompt, ScoredRollout
 from r1mega.stages.console import Console
 from r1mega.stages.placement import place
 from r1mega.stages.rl import ReinforcementLearning
@@ -52,7 +51,7 @@ WARM_STEPS = 2
 STEPS = 7
 ROUNDS = 5
 """Of each reference, after one that is not counted."""
-PHASES = ("generate", "score", "pack", "train", "sync")
+PHASES = ("generate", "pack", "reference", "score", "train", "sync")
 MAX_PROMPT_TOKENS = 32
 
 
@@ -134,14 +133,11 @@ def our_steps(config: RunConfig, work: Path, console: Console) -> Steps:
 
     async def loop(directory: RunDirectory) -> Steps:
         done = Steps(first=WARM_STEPS)
-        scorer = TimedScorer(config.rewards)
-        async with scorer:
+        async with Scorer(config.rewards) as scorer:
             job = await ReinforcementLearning.start(config, directory, prompts, scorer, console)
             try:
                 for step in range(config.num_steps):
                     scored, metrics = await job.one_rollout()
-                    metrics["time/score"] = scorer.tail_seconds
-                    metrics["time/generate"] -= scorer.tail_seconds
                     console.progress("steps", step + 1, config.num_steps)
                     if step >= WARM_STEPS:
                         done.metrics.append(metrics)
@@ -155,27 +151,6 @@ def our_steps(config: RunConfig, work: Path, console: Console) -> Steps:
 
     with RunDirectory(work / "run", config) as directory, cluster.start(config):
         return asyncio.run(loop(directory))
-
-
-class TimedScorer(Scorer):
-    """Notes how long scoring goes on after the last output has come: the part decoding does not hide."""
-
-    tail_seconds = 0.0
-
-    async def score_stream(
-        self, rollouts: AsyncIterator[Rollout], *, in_flight: int = 1024
-    ) -> AsyncIterator[ScoredRollout]:
-        last = time.monotonic()
-
-        async def noted() -> AsyncIterator[Rollout]:
-            nonlocal last
-            async for rollout in rollouts:
-                last = time.monotonic()
-                yield rollout
-
-        async for scored in super().score_stream(noted(), in_flight=in_flight):
-            yield scored
-        self.tail_seconds = time.monotonic() - last
 
 
 def summary(config: RunConfig, done: Steps) -> dict[str, Any]:
@@ -242,7 +217,7 @@ def _rollout_speed(config: RunConfig, metrics: dict[str, float]) -> float:
 
 def against_transformers(config: RunConfig, done: Steps, work: Path, rounds: int) -> dict[str, float]:
     """CPU seconds of one update: our ranks together, and plain transformers, on the last step's samples."""
-    samples = build_samples(done.last, config, done.first).mini_batches[0]
+    samples = build_samples(done.last, config, done.first)[0]
     ours = _trainer_rounds(
         config, pack(samples, config.parallel.data, config.parallel.tokens_per_chunk), work, rounds
     )

@@ -35,7 +35,8 @@ class TrainerAlone:
 
     def round(self) -> dict[str, float]:
         began, wall = time.process_time(), time.monotonic()
-        report = self.trainer.rl_update([self.chunks], self.step)
+        self.trainer.rl_prepare([self.chunks], self.step)
+        report = self.trainer.rl_update(None, self.step)
         self.step += 1
         return {
             "cpu_seconds": time.process_time() - began,

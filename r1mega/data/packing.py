@@ -44,10 +44,7 @@ def pack(
     _check_samples(samples)
     lengths = np.array([len(sample.token_ids) - 1 for sample in samples], dtype=np.int64)
     chunks_of_rank = pack_indices(lengths, num_ranks, tokens_per_chunk, align)
-    return [
-        [_build_batch([samples[i] for i in chunk], samples[0], align) for chunk in chunks]
-        for chunks in chunks_of_rank
-    ]
+    return [[_build_batch(samples, chunk, align) for chunk in chunks] for chunks in chunks_of_rank]
 
 
 def pack_indices(lengths: np.ndarray, num_ranks: int, tokens_per_chunk: int, align: int = 1) -> ChunkIndices:
@@ -122,8 +119,9 @@ def _check_samples(samples: list[Sample]) -> None:
                 )
 
 
-def _build_batch(samples: list[Sample], like: Sample, align: int) -> PackedBatch:
-    """One chunk; `like` is any sample of the run and says which optional fields there are."""
+def _build_batch(all_samples: list[Sample], members: list[int], align: int) -> PackedBatch:
+    """The chunk of these members; the first of all samples says which optional fields there are."""
+    samples, like = [all_samples[i] for i in members], all_samples[0]
     lengths = [len(sample.token_ids) - 1 for sample in samples]
     num_padding = -sum(lengths) % align if samples else -(-2 // align) * align
     if num_padding:
@@ -145,6 +143,7 @@ def _build_batch(samples: list[Sample], like: Sample, align: int) -> PackedBatch
         loss_mask_T=joined([sample.loss_mask for sample in samples], np.float32),
         token_weights_T=joined([sample.token_weights for sample in samples], np.float32),
         num_padding=num_padding,
+        members=tuple(members),
         advantages_T=optional("advantages"),
         rollout_logprobs_T=optional("rollout_logprobs"),
     )

@@ -22,6 +22,7 @@ from r1mega.config import ConfigError, DataConfig
 from r1mega.data.chain import base_documents, chain_problems
 from r1mega.data.chat import template
 from r1mega.rewards.math_answer import boxed
+from r1mega.rewards.terms import ACCURACY
 from r1mega.samples import Prompt
 
 QUESTION_ANSWER = (
@@ -31,6 +32,12 @@ QUESTION_ANSWER = (
     ("prompt", "answer"),
 )
 """Columns tried in this order for questions with reference answers: GSM8K, MATH, MATH with solutions only."""
+
+QUESTION_ALONE = (("question", ""), ("prompt", ""))
+"""Also tried where no rule needs a reference answer (data.task)."""
+
+TASK_COLUMN = "task"
+"""A row's own task, before data.task."""
 
 PROMPT_COMPLETION = (
     ("prompt", "completion"),
@@ -56,6 +63,10 @@ class PromptSet:
     """Training rows that repeat a held-out question."""
     unanswered: int
     """Rows of both sides whose answer is null or empty: MATH's training file has a few."""
+
+    @property
+    def tasks(self) -> set[str]:
+        return {prompt.task for prompt in self.train + self.heldout}
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class QuestionAnswer:
     question: str
     answer: str
     """Empty where the file has null or no text."""
+    task: str = "math"
 
 
 class PromptStream:
@@ -168,7 +180,7 @@ def read_prompts(data: DataConfig, tokenizer: Any, *, seed: int) -> PromptSet:
     else:
         train, heldout = _split(data)
     rows = len(train)
-    answered = [[qa for qa in side if qa.answer] for side in (train, heldout)]
+    answered = [[qa for qa in side if qa.answer or qa.task not in ACCURACY] for side in (train, heldout)]
     unanswered = len(train) + len(heldout) - sum(map(len, answered))
     train, heldout = answered
     heldout_questions = {_squeezed(qa.question) for qa in heldout}
@@ -312,7 +324,7 @@ def _fields(rows: list[Row], data: DataConfig, known: Sequence[tuple[str, str]])
         return data.question_field, data.answer_field
     for question, answer in known:
         question, answer = data.question_field or question, data.answer_field or answer
-        if question in columns and answer in columns:
+        if question in columns and (answer in columns or not answer):
             return question, answer
     tried = ", ".join(f"{question}+{answer}" for question, answer in known)
     raise ConfigError(
@@ -336,19 +348,29 @@ def _text(row: Row, column: str, setting: str) -> str:
 
 def _question_answers(path: str, data: DataConfig, name: str) -> list[QuestionAnswer]:
     rows = read_rows(path, name)
-    question, answer = _fields(rows, data, QUESTION_ANSWER)
+    known = QUESTION_ANSWER if data.task in ACCURACY else (*QUESTION_ANSWER, *QUESTION_ALONE)
+    question, answer = _fields(rows, data, known)
 
-    def reference(row: Row) -> str:
-        if row.columns.get(answer, answer) in (None, ""):
-            return ""
-        return final_answer(_text(row, answer, "data.answer_field"), row.where, answer)
+    def item(row: Row) -> QuestionAnswer:
+        task = str(row.columns.get(TASK_COLUMN) or data.task)
+        text = _text(row, question, "data.question_field")
+        return QuestionAnswer(f"{Path(path).name}:{row.index}", text, _reference(row, answer, task), task)
 
-    return [
-        QuestionAnswer(
-            f"{Path(path).name}:{row.index}", _text(row, question, "data.question_field"), reference(row)
-        )
-        for row in rows
-    ]
+    return [item(row) for row in rows]
+
+
+def _reference(row: Row, column: str, task: str) -> str:
+    """The reference answer as the task's rule reads it: a final answer for math, else the column as it is."""
+    value = row.columns.get(column)
+    if value in (None, "") and (column in row.columns or task not in ACCURACY):
+        return ""
+    if task == "math":
+        return final_answer(_text(row, column, "data.answer_field"), row.where, column)
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, dict | list)
+        else _text(row, column, "data.answer_field")
+    )
 
 
 def _split(data: DataConfig) -> tuple[list[QuestionAnswer], list[QuestionAnswer]]:
@@ -404,7 +426,7 @@ def _tokenised(
     texts = [to_text(item.question) for item in items]
     encoded = _encode(texts, tokenizer, add_special_tokens=True)
     return [
-        Prompt(item.id, item.question, item.answer, "math", text, ids)
+        Prompt(item.id, item.question, item.answer, item.task, text, ids)
         for item, text, ids in zip(items, texts, encoded, strict=True)
         if len(ids) <= limit
     ]

@@ -25,7 +25,7 @@ from r1mega.models.weight_table import Region, Weight, regions
 from r1mega.parallel.mesh import Mesh, current_mesh
 
 if TYPE_CHECKING:
-    from r1mega.models.language_model import LanguageModel
+    from r1mega.models.trunk import Trunk
 
 __all__ = [
     "check_table",
@@ -48,7 +48,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor.detach() for name, tensor in tensors.items()}
 
 
-def check_table(model: LanguageModel) -> None:
+def check_table(model: Trunk) -> None:
     """Assert that the table names every parameter and nothing else."""
     named = {weight.parameter for weight in model.weight_table}
     parameters = {name for name, _ in model.named_parameters()}
@@ -57,7 +57,7 @@ def check_table(model: LanguageModel) -> None:
     assert not missing, f"names without a parameter: {sorted(missing)[:5]}"
 
 
-def fill_with_nan(model: LanguageModel) -> None:
+def fill_with_nan(model: Trunk) -> None:
     """So that a forgotten import shows at once."""
     tensors = tensors_of(model)
     for weight in model.weight_table:
@@ -65,7 +65,7 @@ def fill_with_nan(model: LanguageModel) -> None:
 
 
 def _held(
-    model: LanguageModel, mesh: Mesh, tensors: Mapping[str, Tensor] | None = None
+    model: Trunk, mesh: Mesh, tensors: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[Weight, Region, Tensor]]:
     """Every HF tensor this process holds a part of: its row, the region, and the part itself (a view)."""
     tensors = tensors_of(model) if tensors is None else tensors
@@ -77,7 +77,7 @@ def _held(
             yield weight, region, region.of(parameter)
 
 
-def draw(model: LanguageModel, mesh: Mesh, std: float, seed: int) -> None:
+def draw(model: Trunk, mesh: Mesh, std: float, seed: int) -> None:
     """Random weights: normal with `std`, norms 1, biases 0. Each HF tensor has a seed of its own, made of its
     name and `seed`, so every layout draws the same model."""
     for weight, region, part in _held(model, mesh):
@@ -105,16 +105,22 @@ def _files_of(path: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def import_hf(model: LanguageModel, path: str | Path) -> None:
+def import_hf(
+    model: Trunk, path: str | Path, *, unread: tuple[str, ...] = (), may_lack: tuple[str, ...] = ()
+) -> list[str]:
     """Fill the model from the safetensors in `path`, converting dtypes to the model's.
 
+    unread: prefixes of tensors that the directory may have and this model has no use for.
+    may_lack: tensors that the directory need not have; absent ones are set to their row's constant, and
+    their names returned.
     Raises FileNotFoundError without weights there; ValueError, before anything is read, when tensors are
     missing, unexpected or of another shape, with how many and the first names.
     """
     path = Path(path)
     files = _files_of(path)
-    held = list(_held(model, current_mesh()))
-    _check_names(path, files, model)
+    absent = [name for name in may_lack if name not in files]
+    _check_names(path, files, model, unread, absent)
+    held = [item for item in _held(model, current_mesh()) if item[1].hf_name not in absent]
     handles: dict[Path, Any] = {}
     for _, region, _ in held:
         file = files[region.hf_name]
@@ -127,9 +133,16 @@ def import_hf(model: LanguageModel, path: str | Path) -> None:
         span = slice(region.start, region.start + region.length)
         read = slices[region.hf_name]
         part.copy_((read[span] if region.dim == 0 else read[:, span]).reshape(part.shape))
+    for weight, region, part in _held(model, current_mesh()):
+        if region.hf_name in absent:
+            assert weight.constant is not None, f"{region.hf_name} has no value to start from"
+            part.fill_(weight.constant)
+    return absent
 
 
-def _check_names(path: Path, files: dict[str, Path], model: LanguageModel) -> None:
+def _check_names(
+    path: Path, files: dict[str, Path], model: Trunk, unread: tuple[str, ...], absent: list[str]
+) -> None:
     experts = range(model.hf_config.get("n_routed_experts") or 0)
     expected: set[str] = set()
     allowed: set[str] = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
@@ -137,15 +150,16 @@ def _check_names(path: Path, files: dict[str, Path], model: LanguageModel) -> No
         allowed.update(weight.copies)
         for name in weight.hf:
             expected.update([name.format(expert=e) for e in experts] if "{expert}" in name else [name])
-    found = {name for name in files if not name.endswith(IGNORED_SUFFIXES)}
+    found = {name for name in files if not name.endswith(IGNORED_SUFFIXES) and not name.startswith(unread)}
     problems = []
-    for what, names in (("missing", expected - found), ("unexpected", found - expected - allowed)):
+    missing = expected - found - set(absent)
+    for what, names in (("missing", missing), ("unexpected", found - expected - allowed)):
         if names:
             problems.append(f"{len(names)} {what} tensors, first {min(names)}")
     if problems:
         advice = ""
         mtp = f"model.layers.{model.hf_config['num_hidden_layers']}."
-        if any(name.startswith(mtp) for name in (expected - found)):
+        if any(name.startswith(mtp) for name in missing):
             advice = "; a checkpoint without its MTP layer needs num_nextn_predict_layers 0 in config.json"
         raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}{advice}")
 
@@ -170,7 +184,7 @@ def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> Non
 
 
 def named_hf_tensors(
-    model: LanguageModel, tensors: Mapping[str, Tensor] | None = None
+    model: Trunk, tensors: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, whole, under its HF name, in the same order on every rank.
 
@@ -178,7 +192,7 @@ def named_hf_tensors(
     it lacks, on every rank alike, are left out.
 
     A collective over the tensor, expert and expert_tensor axes: every rank must exhaust it. Tensors are
-    contiguous, have the model's dtype (the router's correction bias float32) and may share the parameters'
+    contiguous, have the model's dtype (the router's correction bias and a scalar head float32) and may share the parameters'
     memory: copy what must outlive the next optimizer step.
     """
     mesh = current_mesh()
@@ -212,12 +226,12 @@ def _expert_number(hf_name: str) -> int:
     return int(hf_name.split(".experts.")[1].split(".")[0])
 
 
-def _experts_per_rank(model: LanguageModel, mesh: Mesh) -> int:
+def _experts_per_rank(model: Trunk, mesh: Mesh) -> int:
     return model.hf_config["n_routed_experts"] // mesh.expert_size
 
 
 def export_hf(
-    model: LanguageModel, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = 5 * 10**9
+    model: Trunk, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Write a Hugging Face model directory that transformers and vLLM load; a collective, rank 0 writes.
 
@@ -276,7 +290,7 @@ def _write_shards(named: Iterator[tuple[str, Tensor]], scratch: Path | None, max
     (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(model: LanguageModel, scratch: Path) -> None:
+def _write_config(model: Trunk, scratch: Path) -> None:
     config = {name: value for name, value in model.hf_config.items() if name != "quantization_config"}
     dtype = str(model.config.params_dtype).removeprefix("torch.")
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype

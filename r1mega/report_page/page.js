@@ -221,7 +221,7 @@ function allCharts() {
   one("Largest |ratio - 1|", "ratio_deviation_max", { min: 0 });
 
   const times = document.getElementById("times");
-  const phases = ["generate", "score", "pack", "train", "sync", "checkpoint"].map((name) => "time/" + name).filter(has);
+  const phases = ["generate", "pack", "reference", "score", "train", "sync", "checkpoint"].map((name) => "time/" + name).filter(has);
   const others = known("time/").filter((name) => name !== "time/step" && !phases.includes(name));
   chart(times, {
     title: "Seconds per step, by phase", hero: true, stacked: true, format: seconds, min: 0,

@@ -1,133 +1,109 @@
-"""One interface for every reward: a term is `async (Rollout) -> (value, verdict)`.
+"""Scores rollouts while others are still being generated, and while the reference model runs (R1, appendix B.1).
 
-R1-Zero sums accuracy and format with equal weights and uses no neural reward model (R1, section 2.1). Scoring
-overlaps decoding: `Scorer.score_stream` begins with each rollout as it finishes.
-
-Answers that text or exact arithmetic can decide never leave this process; the others go to killable workers.
-To add a term: write `async (Rollout) -> (value, verdict)`, name it in REWARDS and give RewardConfig a weight
-of that name.
+What is scored stands in terms.py, how terms add up in sums.py. Here: concurrency, accounting, and the gate
+against rewards that nobody earned.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
-from r1mega.config import RewardConfig
-from r1mega.rewards.format import check_format
-from r1mega.rewards.math_answer import extract_answer, quick_compare
-from r1mega.rewards.workers import WorkerError, WorkerPool
+from r1mega.config import JudgeConfig, RewardConfig
+from r1mega.rewards.services import ModelClient, Services
+from r1mega.rewards.sums import weights_of
+from r1mega.rewards.terms import REWARDS, RewardTerm
+from r1mega.rewards.workers import WorkerError
 from r1mega.samples import Reward, Rollout, ScoredRollout
 
-RewardTerm = Callable[[Rollout], Awaitable[tuple[float, str]]]
-"""value (unweighted) and verdict (why)."""
-
-
-def accuracy_term(pool: WorkerPool) -> RewardTerm:
-    """1 for the right answer, judged by the rules of the prompt's task (ACCURACY)."""
-    rules = {task: make(pool) for task, make in ACCURACY.items()}
-
-    async def accuracy(rollout: Rollout) -> tuple[float, str]:
-        task = rollout.prompt.task
-        if task not in rules:
-            raise ValueError(
-                f"prompt {rollout.prompt.id}: task {task!r} has no rule; known are {', '.join(rules)}"
-            )
-        return await rules[task](rollout)
-
-    return accuracy
-
-
-def math_term(pool: WorkerPool) -> RewardTerm:
-    """1 when the answer in <answer>...</answer> (or, without the tags, the last \\boxed{}) equals the reference.
-
-    Verdicts: equal | unequal | unparsable | timeout | too_long | memory | fault, missing (no answer found) and
-    truncated (cut at the length limit: worth 0 whatever it says).
-    """
-
-    async def math(rollout: Rollout) -> tuple[float, str]:
-        if rollout.finish_reason == "length":
-            return 0.0, "truncated"
-        answer = extract_answer(rollout.response_text)
-        if answer is None:
-            return 0.0, "missing"
-        verdict = quick_compare(rollout.prompt.answer, answer)
-        if verdict is None:
-            verdict = await pool.run("math", rollout.prompt.answer, answer)
-        return float(verdict == "equal"), verdict
-
-    return math
-
-
-def format_term(_: WorkerPool) -> RewardTerm:
-    """1 for exactly <think>...</think><answer>...</answer> (format.py has the verdicts)."""
-
-    async def form(rollout: Rollout) -> tuple[float, str]:
-        verdict = check_format(rollout.response_text, truncated=rollout.finish_reason == "length")
-        return float(verdict == "ok"), verdict
-
-    return form
-
-
+IN_FLIGHT = 1024
+"""Rollouts whose terms are being computed at once; it bounds the queues of workers, jails and endpoints."""
 MAX_FAULTS = 16
 MAX_FAULT_SHARE = 0.05
 """More faults than both, and the scorer gives up rather than train on zeros that nobody earned."""
-
-ACCURACY: dict[str, Callable[[WorkerPool], RewardTerm]] = {"math": math_term}
-"""Prompt.task -> its rule."""
-
-REWARDS: dict[str, Callable[[WorkerPool], RewardTerm]] = {"accuracy": accuracy_term, "format": format_term}
-"""Term -> its maker; RewardConfig has the weight under the same name. A term of weight 0 is still measured."""
+FAULTS = ("fault", "sandbox_fault")
+"""Verdicts that say something about us and nothing about the answer."""
 
 
 class Scorer:
     """Scores rollouts while the context is open (`async with Scorer(config.rewards) as scorer`).
 
-    Owns the worker processes. May be used from any event loop, a Ray actor's included.
+    Owns the worker processes, the jails and the judge's connections, each started when first needed. May be
+    used from any event loop, a Ray actor's included. `models` has a client for each reward model in use;
+    `extra` adds terms to those of terms.py, by name.
     """
 
-    def __init__(self, rewards: RewardConfig) -> None:
-        self._pool = WorkerPool(
-            rewards.workers, cpu_seconds=rewards.cpu_seconds, memory_mib=rewards.memory_mib
-        )
-        self._weights: dict[str, float] = {name: getattr(rewards, name) for name in REWARDS}
-        self._terms = {name: make(self._pool) for name, make in REWARDS.items()}
-        self._verdicts: dict[str, Counter[str]] = {name: Counter() for name in REWARDS}
+    def __init__(
+        self,
+        rewards: RewardConfig,
+        *,
+        judge: JudgeConfig | None = None,
+        models: Mapping[str, ModelClient] | None = None,
+        extra: Mapping[str, RewardTerm] | None = None,
+    ) -> None:
+        self.rewards = rewards
+        self.services = Services(rewards, judge or JudgeConfig(), models or {})
+        self._terms: dict[str, RewardTerm] = dict(extra or {})
+        self._verdicts: dict[str, Counter[str]] = {}
         self._scored = 0
         self._faults = 0
 
     async def __aenter__(self) -> Scorer:
-        self._pool.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._pool.close)
+        await self.services.close()
+
+    def prepare(self, tasks: Iterable[str]) -> None:
+        """Start what these tasks need, so that a machine that cannot serve them says so before the run.
+
+        Raises ConfigError.
+        """
+        for task in tasks:
+            row = weights_of(self.rewards, task)
+            if task == "math" and "accuracy" in row:
+                self.services.pool.start()
+            if task == "code" and "accuracy" in row:
+                _ = self.services.code
+            for name in row:
+                self._term(name)
 
     async def score(self, rollout: Rollout) -> Reward:
-        """The weighted sum and each term's value and verdict."""
-        terms, verdicts, total = {}, {}, 0.0
-        for name, term in self._terms.items():
-            value, verdict = await term(rollout)
-            terms[name], verdicts[name] = value, verdict
-            total += self._weights[name] * value
+        """The weighted sum over the terms of the rollout's task, and each term's value and verdict."""
+        weights = weights_of(self.rewards, rollout.prompt.task)
+        results = await asyncio.gather(*(self._term(name)(rollout) for name in weights))
+        terms = {name: value for name, (value, _) in zip(weights, results, strict=True)}
+        verdicts = {name: verdict for name, (_, verdict) in zip(weights, results, strict=True)}
         for name, verdict in verdicts.items():
-            self._verdicts[name][verdict] += 1
+            self._verdicts.setdefault(name, Counter())[verdict] += 1
         self._scored += 1
-        self._faults += "fault" in verdicts.values()
+        self._faults += any(verdict in FAULTS for verdict in verdicts.values())
         if self._faults > max(MAX_FAULTS, MAX_FAULT_SHARE * self._scored):
             raise WorkerError(
-                f"{self._faults} of {self._scored} answers could not be judged (verdict fault): "
+                f"{self._faults} of {self._scored} answers could not be judged ({', '.join(FAULTS)}): "
                 "something kills or breaks the reward workers; the log has each case"
             )
-        return Reward(total, terms, verdicts)
+        return Reward(sum(weights[name] * terms[name] for name in weights), terms, verdicts)
+
+    def _term(self, name: str) -> RewardTerm:
+        if name not in self._terms:
+            self._terms[name] = REWARDS[name](self.services)
+        return self._terms[name]
+
+    def begin(self, rollouts: AsyncIterator[Rollout], *, in_flight: int = IN_FLIGHT) -> Scoring:
+        """Take and score all of a finite stream: `async with scorer.begin(stream) as scoring`."""
+        return Scoring(self, rollouts, in_flight)
 
     async def score_stream(
-        self, rollouts: AsyncIterator[Rollout], *, in_flight: int = 1024
+        self, rollouts: AsyncIterator[Rollout], *, in_flight: int = IN_FLIGHT
     ) -> AsyncIterator[ScoredRollout]:
         """Every rollout, scored, in order of completion; at most `in_flight` are taken and not yet handed on.
 
-        An error of the source or of a term rises here.
+        So a slow reader slows the source down. An error of the source or of a term rises here.
         """
         done: asyncio.Queue[asyncio.Task[ScoredRollout | None]] = asyncio.Queue()
         slots = asyncio.Semaphore(in_flight)
@@ -158,13 +134,91 @@ class Scorer:
                 slots.release()
                 yield scored
         finally:
-            for task in (feeder, *scoring):
-                task.cancel()
-            await asyncio.gather(feeder, *scoring, return_exceptions=True)
+            await _cancel([feeder, *scoring])
 
     def verdict_counts(self) -> dict[str, dict[str, int]]:
         """{term: {verdict: how often}} since the last call."""
         counts = {name: dict(counter) for name, counter in self._verdicts.items()}
-        for counter in self._verdicts.values():
-            counter.clear()
+        self._verdicts.clear()
         return counts
+
+
+@dataclass(frozen=True)
+class Span:
+    """When one rollout was being scored, in seconds of time.monotonic()."""
+
+    rollout: Rollout
+    began: float
+    ended: float
+
+
+class Scoring:
+    """The rollouts of one step: generation's end and scoring's end can be awaited apart.
+
+    Generation is never held up: rollouts wait here for one of the `in_flight` places, and there are no more
+    of them than the step asked for. The first error of the source or of a term rises from whichever method
+    is awaited, at once.
+    """
+
+    def __init__(self, scorer: Scorer, source: AsyncIterator[Rollout], in_flight: int):
+        self._scorer, self._source = scorer, source
+        self._slots = asyncio.Semaphore(in_flight)
+        self._rollouts: list[Rollout] = []
+        self._tasks: list[asyncio.Task[ScoredRollout]] = []
+        self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._feeder = asyncio.create_task(self._feed())
+        self._feeder.add_done_callback(self._note_failure)
+        self.spans: list[Span] = []
+
+    async def __aenter__(self) -> Scoring:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await _cancel([self._feeder, *self._tasks])
+        self._error.cancel()
+
+    async def rollouts(self) -> Sequence[Rollout]:
+        """All rollouts, as soon as they are generated, scored or not; in order of arrival."""
+        await self._until([self._feeder])
+        return self._rollouts
+
+    async def scored(self) -> list[ScoredRollout]:
+        """All rollouts with their rewards, in the order of prompts and indices."""
+        await self.rollouts()
+        await self._until(self._tasks)
+        scored = [task.result() for task in self._tasks]
+        return sorted(scored, key=lambda item: (item.rollout.prompt.id, item.rollout.index))
+
+    async def _feed(self) -> None:
+        async for rollout in self._source:
+            self._rollouts.append(rollout)
+            task = asyncio.create_task(self._score(rollout))
+            task.add_done_callback(self._note_failure)
+            self._tasks.append(task)
+
+    async def _score(self, rollout: Rollout) -> ScoredRollout:
+        async with self._slots:
+            began = time.monotonic()
+            reward = await self._scorer.score(rollout)
+            self.spans.append(Span(rollout, began, time.monotonic()))
+        return ScoredRollout(rollout, reward)
+
+    def _note_failure(self, task: asyncio.Task) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._error.done():
+            self._error.set_exception(error)
+
+    async def _until(self, tasks: Sequence[asyncio.Task]) -> None:
+        """Waits for all of the tasks, or for the first failure of any task."""
+        everything: asyncio.Future = asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait([everything, self._error], return_when=asyncio.FIRST_COMPLETED)
+        if self._error.done():
+            self._error.result()
+
+
+async def _cancel(tasks: Sequence[asyncio.Task]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError, Exception):
+            await task

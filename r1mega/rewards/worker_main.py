@@ -1,18 +1,20 @@
-"""The other end of workers.py: a process that answers questions from a socket until it is killed.
+"""The other end of workers.py: the nursery, which imports and warms up once, and the workers that it forks.
 
-Started by exec of a fresh interpreter, never by fork of a process with threads. Imports neither torch nor
-Ray. It limits its own memory and dies with its parent; its CPU time is watched by the parent.
+A worker answers questions from a socket until it is killed. Neither imports torch or Ray. A worker limits its own
+memory and dies with the nursery, the nursery with the thread that started it; CPU time is watched by the parent.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import resource
 import signal
 import socket
 import struct
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -26,28 +28,72 @@ HEADER = struct.Struct("!I")
 PR_SET_PDEATHSIG = 1
 MAX_FILE_BYTES = 1 << 20
 ADDRESS_SPACE_EXTRA_MIB = 1024
+_LIBC = ctypes.CDLL(None)
 
 
-def serve(descriptor: int, parent_pid: int, memory_mib: int) -> None:
-    """Answers requests {"id", "task", "args"} with {"id", "verdict"} or {"id", "error"}; first says {"ready"}.
+def nurse(descriptor: int, parent_pid: int, memory_mib: int) -> None:
+    """Says {"ready"}, then forks a worker for every {"fork": tag} with a socket, and reaps for every {"bury": pid}.
 
-    After a MemoryError the state of the process is unknown: it says so and ends.
+    Ends when the other side closes; its workers are killed and reaped.
     """
     _die_with_parent(parent_pid)
-    _limit(memory_mib)
-    connection = socket.socket(fileno=descriptor)
+    control = socket.socket(fileno=descriptor)
     math_symbolic.warm_up()
-    send(connection, {"ready": os.getpid()})
+    gc.collect()
+    gc.freeze()
+    control.send(json.dumps({"ready": os.getpid()}).encode())
+    children: set[int] = set()
+    while True:
+        packet, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)
+        if not packet:
+            break
+        message = json.loads(packet)
+        if "bury" in message:
+            os.waitpid(message["bury"], 0)
+            children.discard(message["bury"])
+            continue
+        pid = _fork(control, descriptors[0], memory_mib)
+        children.add(pid)
+        os.close(descriptors[0])
+        control.send(json.dumps({"forked": message["fork"], "pid": pid}).encode())
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _fork(control: socket.socket, descriptor: int, memory_mib: int) -> int:
+    nursery = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _die_with_parent(nursery)
+            control.close()
+            _limit(memory_mib)
+            serve(socket.socket(fileno=descriptor))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def serve(connection: socket.socket) -> None:
+    """Answers requests {"id", "task", "args"} with {"id", "cpu"} and "verdict" or "error".
+
+    "cpu" is what the task took, in seconds. After a MemoryError the state of the process is unknown: it says so
+    and ends.
+    """
     while (request := receive(connection)) is not None:
-        reply = {"id": request["id"]}
+        reply: dict[str, Any] = {"id": request["id"]}
+        began = time.process_time()
         try:
             reply["verdict"] = TASKS[request["task"]](*request["args"])
         except MemoryError:
-            send(connection, {**reply, "verdict": "memory"})
+            send(connection, {**reply, "cpu": time.process_time() - began, "verdict": "memory"})
             return
         except Exception:
             reply["error"] = traceback.format_exc(limit=-3)
-        send(connection, reply)
+        send(connection, {**reply, "cpu": time.process_time() - began})
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -76,7 +122,7 @@ def _receive_bytes(connection: socket.socket, count: int) -> bytes | None:
 
 def _die_with_parent(parent_pid: int) -> None:
     """SIGKILL when the parent's thread that started us ends; checked for a parent that is gone already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -5,8 +5,7 @@ each comparison runs in a process that the parent kills and replaces. The limit 
 machine does not change a reward; a generous wall limit catches workers that sleep.
 
 One thread per pool owns the processes and talks to them; `submit` and `run` may be called from any thread and
-any event loop. Worker processes start by exec of a fresh interpreter with an empty environment: forking
-a process with Ray, gloo or torch threads would copy held locks. They die with that thread, hence with us.
+any event loop. Workers are forked by a nursery (nursery.py) and die with it, it with that thread, hence with us.
 """
 
 from __future__ import annotations
@@ -17,32 +16,26 @@ import logging
 import os
 import selectors
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from r1mega.config import ConfigError
+from r1mega.rewards.nursery import Child, Nursery
 
 HEADER_BYTES = 4
 TICK_SECONDS = 0.02
 """How often CPU times are read while somebody works."""
 START_SECONDS = 120.0
+"""For the nursery to import everything, and to answer any request."""
 MAX_FAILED_STARTS = 3
 MAX_REQUEST_BYTES = 64 << 10
 """Fits a socket's buffer, so that sending never blocks."""
 MAX_ATTEMPTS = 2
-
-_CHILD = (
-    "import json, sys; known = set(sys.path); "
-    "sys.path += [p for p in json.loads(sys.argv[4]) if p not in known]; "
-    "from r1mega.rewards.worker_main import serve; serve(*map(int, sys.argv[1:4]))"
-)
 
 
 log = logging.getLogger(__name__)
@@ -63,11 +56,9 @@ class Job:
 
 @dataclass
 class Worker:
-    process: subprocess.Popen[bytes]
     connection: socket.socket
-    stderr: Any
-    started: float
-    ready: bool = False
+    child: Child | None = None
+    """None until the nursery has answered."""
     job: Job | None = None
     job_cpu: float = 0.0
     """CPU seconds of the process when its job began."""
@@ -78,7 +69,8 @@ class Worker:
 class WorkerPool:
     """`size` processes for the tasks of worker_main.TASKS.
 
-    A task ends as its verdict; "timeout" over `cpu_seconds` of CPU time; "memory" twice over `memory_mib` of
+    A task ends as its verdict; "timeout" over `cpu_seconds` of CPU time, even when it ended before it could be
+    killed (a machine too busy to kill in time must not give more time); "memory" twice over `memory_mib` of
     resident memory (tried again because the first worker may have been full of older tasks' caches);
     "fault" (logged) when it raised, or when two workers in a row were lost under it (killed from outside,
     crashed, or over `wall_seconds` without using their CPU time). WorkerError where no worker can start.
@@ -100,8 +92,11 @@ class WorkerPool:
         self.wall_seconds = wall_seconds or 30.0 + 20.0 * cpu_seconds
         self.lost = 0
         """Workers killed or found dead so far."""
+        self.cpu_used = 0.0
+        """CPU seconds of the tasks that were answered."""
         self._jobs: deque[Job] = deque()
         self._workers: list[Worker] = []
+        self._nursery: Nursery | None = None
         self._failed_starts = 0
         self._failure: WorkerError | None = None
         self._closing = False
@@ -112,7 +107,7 @@ class WorkerPool:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts the processes and returns at once; they warm up (about a second) in the background."""
+        """Starts the nursery and returns at once; it warms up (about two seconds) in the background."""
         with self._lock:
             if self._closing:
                 raise RuntimeError("the worker pool is closed")
@@ -137,7 +132,12 @@ class WorkerPool:
 
     def pids(self) -> list[int]:
         """Process ids of the living workers."""
-        return [worker.process.pid for worker in list(self._workers)]
+        return [worker.child.pid for worker in list(self._workers) if worker.child]
+
+    def nursery_pid(self) -> int | None:
+        """Process id of the nursery; None while there is none."""
+        nursery = self._nursery
+        return nursery.process.pid if nursery else None
 
     def close(self) -> None:
         """Kills the workers; unfinished tasks are cancelled."""
@@ -163,16 +163,19 @@ class WorkerPool:
     # ------------------------------------------------------------ the pool's own thread
 
     def _serve(self) -> None:
-        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._woken)
         try:
             while not self._closing:
                 self._staff()
                 self._assign()
-                busy = any(worker.job or not worker.ready for worker in self._workers)
+                waiting = self._failure is None and len(self.pids()) < self.size
+                busy = waiting or any(worker.job for worker in self._workers)
                 for key, _ in self._selector.select(TICK_SECONDS if busy else None):
-                    if key.data is None:
+                    if key.data is self._woken:
                         self._woken.recv(4096)
-                    else:
+                    elif key.data is self._nursery:
+                        self._read_nursery()
+                    elif key.data in self._workers:
                         self._read(key.data)
                 self._watch()
         except BaseException as error:
@@ -183,52 +186,83 @@ class WorkerPool:
             self._dismiss_all()
 
     def _staff(self) -> None:
-        """Starts processes until there are `size`, or gives up on an installation that cannot start any."""
-        while len(self._workers) < self.size and self._failure is None:
-            self._workers.append(self._spawn())
+        """Asks for workers until there are `size`, unless the installation cannot start any."""
+        if self._failure is not None:
+            return
+        if self._nursery is None:
+            self._nursery = Nursery(self.memory_mib)
+            self._selector.register(self._nursery.connection, selectors.EVENT_READ, self._nursery)
+        while self._nursery is not None and self._nursery.ready and len(self._workers) < self.size:
+            self._hire(self._nursery)
 
-    def _spawn(self) -> Worker:
+    def _hire(self, nursery: Nursery) -> None:
         ours, theirs = socket.socketpair()
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its worker)
-        descriptor = theirs.fileno()
-        command = [sys.executable, "-P", "-W", "ignore", "-c", _CHILD]
-        arguments = [str(descriptor), str(os.getpid()), str(self.memory_mib), json.dumps(sys.path)]
-        environment = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        if "LD_LIBRARY_PATH" in os.environ:
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        with theirs:
-            process = subprocess.Popen(
-                command + arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                env=environment,
-                cwd="/",
-                pass_fds=(descriptor,),
-            )
         ours.setblocking(False)
-        worker = Worker(process, ours, stderr, started=time.monotonic())
+        worker = Worker(ours)
+        with theirs:
+            try:
+                nursery.fork(theirs, id(worker))
+            except OSError:
+                ours.close()
+                self._lose_nursery()
+                return
+        self._workers.append(worker)
         self._selector.register(ours, selectors.EVENT_READ, worker)
-        return worker
+
+    def _read_nursery(self) -> None:
+        assert self._nursery is not None
+        try:
+            news = self._nursery.read()
+        except EOFError:
+            self._lose_nursery()
+            return
+        if news is None:
+            self._failed_starts = 0
+            return
+        tag, child = news
+        worker = next((w for w in self._workers if id(w) == tag), None)
+        if worker is not None:
+            worker.child = child
+        if child is None:
+            self._lose_nursery()  # only an outsider can have reaped its child
+        elif worker is None:
+            self._end_child(child)
+
+    def _lose_nursery(self) -> None:
+        """Its workers die with it; their jobs were not at fault and count no attempt."""
+        nursery, self._nursery = self._nursery, None
+        assert nursery is not None
+        self._selector.unregister(nursery.connection)
+        words = nursery.close(kill=True)
+        if not nursery.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                self._failure = WorkerError(f"reward workers do not start: {words or 'no message'}")
+        for worker in list(self._workers):
+            self.lost += 1
+            if worker.job is not None:
+                self._jobs.appendleft(worker.job)
+            self._dismiss(worker)
 
     def _assign(self) -> None:
         for worker in list(self._workers):
-            while worker.ready and worker.job is None and self._jobs:
+            while worker.child and worker in self._workers and worker.job is None and self._jobs:
                 self._give(worker, self._jobs.popleft())
         if self._failure is not None:
             while self._jobs:
                 _fail(self._jobs.popleft(), self._failure)
 
     def _give(self, worker: Worker, job: Job) -> None:
-        if job.attempts == 0 and not job.future.set_running_or_notify_cancel():
+        if not job.future.running() and not job.future.set_running_or_notify_cancel():
             return
         payload = json.dumps({"id": id(job), "task": job.task, "args": job.args}).encode()
         if len(payload) > MAX_REQUEST_BYTES:
             job.future.set_result("too_long")
             return
+        assert worker.child is not None
         worker.job, worker.job_began = job, time.monotonic()
-        worker.job_cpu = cpu_seconds_of(worker.process.pid)
         try:
+            worker.job_cpu = cpu_seconds_of(worker.child.pid)
             worker.connection.sendall(len(payload).to_bytes(HEADER_BYTES, "big") + payload)
         except OSError:
             self._lose(worker)
@@ -251,10 +285,6 @@ class WorkerPool:
             self._hear(worker, message)
 
     def _hear(self, worker: Worker, message: dict[str, Any]) -> None:
-        if "ready" in message:
-            worker.ready = True
-            self._failed_starts = 0
-            return
         job = worker.job
         assert job is not None, message
         assert message["id"] == id(job), message
@@ -262,37 +292,44 @@ class WorkerPool:
             self._lose(worker, "memory")
             return
         worker.job = None
+        self.cpu_used += message["cpu"]
+        if message["cpu"] > self.cpu_seconds:
+            job.future.set_result("timeout")
+            return
         if "error" in message:
             log.warning("%s%.200r raised in its worker: %s", job.task, job.args, message["error"])
         job.future.set_result(message.get("verdict", "fault"))
 
     def _watch(self) -> None:
-        """Ends workers that are over a limit."""
+        """Ends workers that are over a limit, and a nursery that does not answer."""
         now = time.monotonic()
         for worker in list(self._workers):
-            if worker.job is not None:
-                if cpu_seconds_of(worker.process.pid) - worker.job_cpu > self.cpu_seconds:
-                    job, worker.job = worker.job, None
-                    self._lose(worker)
-                    job.future.set_result("timeout")
-                elif resident_mib_of(worker.process.pid) > self.memory_mib:
-                    self._lose(worker, "memory")
-                elif now - worker.job_began > self.wall_seconds:
-                    self._lose(worker)
-            elif not worker.ready and now - worker.started > START_SECONDS:
+            if worker.job is None or worker.child is None:
+                continue
+            try:
+                over_cpu = cpu_seconds_of(worker.child.pid) - worker.job_cpu > self.cpu_seconds
+                over_memory = resident_mib_of(worker.child.pid) > self.memory_mib
+            except OSError:
+                self._lose(worker)  # gone with the nursery
+                continue
+            if over_cpu:
+                job, worker.job = worker.job, None
                 self._lose(worker)
+                job.future.set_result("timeout")
+            elif over_memory:
+                self._lose(worker, "memory")
+            elif now - worker.job_began > self.wall_seconds:
+                self._lose(worker)
+        if self._nursery is not None and self._nursery.silent_for() > START_SECONDS:
+            self._lose_nursery()
 
     def _lose(self, worker: Worker, verdict: str = "fault") -> None:
         """Kills a worker (dead or alive); its job is tried once more, then ends as `verdict`."""
         if worker not in self._workers:
             return
         self.lost += 1
-        words = self._dismiss(worker)
-        if not worker.ready:
-            self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS * self.size:
-                self._failure = WorkerError(f"reward workers do not start: {words or 'no message'}")
         job, worker.job = worker.job, None
+        self._dismiss(worker)
         if job is not None:
             job.attempts += 1
             if job.attempts < MAX_ATTEMPTS:
@@ -301,17 +338,21 @@ class WorkerPool:
                 log.warning("%s%.200r lost %d workers: %s", job.task, job.args, job.attempts, verdict)
                 job.future.set_result(verdict)
 
-    def _dismiss(self, worker: Worker) -> str:
-        """Kills and reaps it; returns the end of what it wrote to stderr."""
+    def _dismiss(self, worker: Worker) -> None:
         self._workers.remove(worker)
         self._selector.unregister(worker.connection)
         worker.connection.close()
-        worker.process.kill()
-        worker.process.wait()
-        with worker.stderr:
-            worker.stderr.seek(0, os.SEEK_END)
-            worker.stderr.seek(max(0, worker.stderr.tell() - 2000))
-            return worker.stderr.read().decode(errors="replace").strip()
+        if worker.child is not None:
+            self._end_child(worker.child)
+
+    def _end_child(self, child: Child) -> None:
+        child.kill()
+        if self._nursery is not None:
+            with suppress(
+                OSError
+            ):  # a nursery that is gone is noticed where it is read; init buries its workers
+                self._nursery.bury(child)
+        child.close()
 
     def _dismiss_all(self) -> None:
         with self._lock:
@@ -320,6 +361,9 @@ class WorkerPool:
             if worker.job is not None:
                 self._end(worker.job)
             self._dismiss(worker)
+        if self._nursery is not None:
+            self._nursery.close(kill=False)
+            self._nursery = None
         while self._jobs:
             self._end(self._jobs.popleft())
 

@@ -109,13 +109,13 @@ class RolloutEngine:
         async with self._one_at_a_time:
             await self._run(self._add, requests, sampling, step)
             unfinished = len(requests)
-            running = self._submit(self._advance, requests)
+            running = self._submit(self._advance, requests, sampling.max_tokens)
             try:
                 while unfinished:
                     finished = await self._within_timeout(running, unfinished)
                     unfinished -= len(finished)
                     if unfinished:
-                        running = self._submit(self._advance, requests)
+                        running = self._submit(self._advance, requests, sampling.max_tokens)
                     yield finished
             finally:
                 if unfinished and not self._fault:
@@ -152,19 +152,19 @@ class RolloutEngine:
             )
             self._llm.add_request(key, {"prompt_token_ids": list(prompt.token_ids)}, parameters)
 
-    def _advance(self, requests: dict[str, tuple[Prompt, int]]) -> list[Rollout]:
+    def _advance(self, requests: dict[str, tuple[Prompt, int]], limit: int) -> list[Rollout]:
         """Step until something is finished, and GATHER_SECONDS at least; takes the finished out of `requests`."""
         began, finished = time.monotonic(), []
         while self._llm.has_unfinished_requests() and not self._stop.is_set():
             finished += self._llm.step()
             if finished and time.monotonic() - began > GATHER_SECONDS:
                 break
-        rollouts = self._rollouts([(output, *requests.pop(output.request_id)) for output in finished])
+        rollouts = self._rollouts([(output, *requests.pop(output.request_id)) for output in finished], limit)
         if requests and not self._llm.has_unfinished_requests():
             raise RuntimeError(f"{len(requests)} requests were lost")
         return rollouts
 
-    def _rollouts(self, finished: list[tuple[Any, Prompt, int]]) -> list[Rollout]:
+    def _rollouts(self, finished: list[tuple[Any, Prompt, int]], limit: int) -> list[Rollout]:
         outputs = [request.outputs[0] for request, _, _ in finished]
         ends = [output.finish_reason == "stop" for output in outputs]
         ids = [list(output.token_ids) for output in outputs]
@@ -178,7 +178,9 @@ class RolloutEngine:
             logprobs = tuple(output.logprobs.logprobs)
             assert len(logprobs) == len(tokens), f"{len(logprobs)} log-probs for {len(tokens)} tokens"
             rollouts.append(
-                Rollout(prompt, index, tuple(tokens), logprobs, text, output.finish_reason, self._version)
+                Rollout(
+                    prompt, index, tuple(tokens), logprobs, text, output.finish_reason, self._version, limit
+                )
             )
         return rollouts
 

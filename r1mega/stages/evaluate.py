@@ -14,6 +14,7 @@ from r1mega.config import RunConfig, value_at
 from r1mega.rewards.scoring import Scorer
 from r1mega.rollout.engine import RolloutGroup, Sampling, greedy_sampling, rollout_sampling
 from r1mega.samples import Prompt, ScoredRollout
+from r1mega.stages.summary import term_means
 
 EVAL_STEP = -1
 """Evaluation draws its sampling seeds from a step that training never has."""
@@ -62,12 +63,14 @@ async def answers(
 
 
 def score(scored: Sequence[ScoredRollout]) -> Score:
+    """Accuracy over the outputs whose task has a rule; 0 of a term that no output has."""
     n = max(1, len(scored))
-    accuracy = sum(item.reward.terms["accuracy"] for item in scored) / n
+    means = {"accuracy": 0.0, "format": 0.0} | term_means(scored)
+    accuracy, ruled = means["accuracy"], sum("accuracy" in item.reward.terms for item in scored)
     return Score(
         accuracy=accuracy,
-        ci=1.96 * math.sqrt(accuracy * (1 - accuracy) / n),
-        format=sum(item.reward.terms["format"] for item in scored) / n,
+        ci=1.96 * math.sqrt(accuracy * (1 - accuracy) / max(1, ruled)),
+        format=means["format"],
         response_length=sum(len(item.rollout.response_ids) for item in scored) / n,
         truncated=sum(item.rollout.finish_reason == "length" for item in scored) / n,
         n=len(scored),

@@ -39,9 +39,10 @@ class Placement:
             "cpus": self._cpus(self.engine_gpus),
         }
 
-    def total_gpus(self, config: RunConfig) -> int:
-        """GPUs that a reinforcement-learning run holds."""
-        return config.world_size * self.trainer_gpus + config.rollout.engines * self.engine_gpus
+    def total_gpus(self, config: RunConfig, reward_models: int = 0) -> int:
+        """GPUs that a reinforcement-learning run holds; each reward model has one replica in the trainer's layout."""
+        trainers = config.world_size + reward_models * config.world_size // config.parallel.data
+        return trainers * self.trainer_gpus + config.rollout.engines * self.engine_gpus
 
     def _cpus(self, gpus: int) -> int:
         """Cores to reserve: a GPU worker wants one; CPU workers take turns and reserve none."""

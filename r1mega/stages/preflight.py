@@ -12,7 +12,10 @@ from typing import Any
 from r1mega.config import ConfigError, RunConfig
 from r1mega.models.hf_config import load_hf_config
 from r1mega.parallel.mesh import check_mesh
+from r1mega.rewards.sums import check_sums
+from r1mega.rewards.terms import ACCURACY, REFERENCES, REWARDS
 from r1mega.rollout.vllm_engine import max_model_len
+from r1mega.samples import Prompt
 
 
 def check_model(config: RunConfig) -> None:
@@ -44,6 +47,21 @@ def check_vocabulary(config: RunConfig, sequences: Iterable[Sequence[int]]) -> N
             f"{config.model.tokenizer or config.model.path}: its tokenizer gives {config.data.path} token {largest}, the "
             f"model has {size} (vocab_size in {config.model.path}/config.json); set model.tokenizer= to the model's own"
         )
+
+
+def check_rewards(config: RunConfig, tasks: Iterable[str]) -> None:
+    """Refuse sums of rewards that cannot be computed for the prompts' tasks."""
+    check_sums(config.rewards, config.judge, tasks, terms=REWARDS, ruled=ACCURACY)
+
+
+def check_references(prompts: Iterable[Prompt]) -> None:
+    """Refuse a prompt whose reference answer its rule cannot use."""
+    for prompt in prompts:
+        if prompt.task in REFERENCES:
+            try:
+                REFERENCES[prompt.task](prompt.answer)
+            except ValueError as error:
+                raise ConfigError(f"prompt {prompt.id} (task {prompt.task}): {error}") from error
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -9,34 +9,40 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from r1mega import cluster, platforms
-from r1mega.algorithms.credit import Credit, build_samples
+from r1mega.algorithms.credit import Credit, OutputKey, Plan, chunk_advantages, credit, plan_samples
 from r1mega.config import ConfigError, RunConfig
 from r1mega.data import chain
 from r1mega.data.packing import pack
 from r1mega.data.prompts import PromptSet, PromptStream, read_prompts
 from r1mega.report import write_report
-from r1mega.rewards.scoring import Scorer
+from r1mega.rewards.scoring import Scorer, Scoring
+from r1mega.rewards.sums import NEURAL, weights_of
+from r1mega.rewards.watch import reward_hacking
 from r1mega.rollout.engine import EngineDied, RolloutEngine, RolloutGroup, rollout_sampling
 from r1mega.rollout.weight_sync import WeightMetadata
-from r1mega.samples import Prompt, ScoredRollout
+from r1mega.samples import PackedBatch, Prompt, Rollout, ScoredRollout
 from r1mega.stages.console import Console
 from r1mega.stages.evaluate import Evaluation, evaluate
 from r1mega.stages.interrupt import cancel_on_sigterm
 from r1mega.stages.placement import place
 from r1mega.stages.policy import PolicyWorker
-from r1mega.stages.preflight import check_model, check_vocabulary
+from r1mega.stages.preflight import check_model, check_references, check_rewards, check_vocabulary
+from r1mega.stages.reward_server import RewardClient
 from r1mega.stages.run_directory import RunDirectory
 from r1mega.stages.summary import combine_reports, rollout_metrics
 from r1mega.stages.tokenizer import load_tokenizer
+from r1mega.stages.trace import Trace
 from r1mega.training import checkpoint
-from r1mega.training.metrics import Recorder
+from r1mega.training.metrics import Recorder, read_jsonl
 
 COLUMNS = (
     "step", "accuracy", "format", "response_length", "kl", "entropy", "tokens_per_second",
@@ -58,6 +64,8 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     tokenizer = load_tokenizer(config.model)
     prompts = read_prompts(config.data, tokenizer, seed=config.seed)
     check_vocabulary(config, (prompt.token_ids for prompt in prompts.train + prompts.heldout))
+    check_rewards(config, prompts.tasks)
+    check_references(prompts.train + prompts.heldout)
     console.note(
         f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
         f"({prompts.dropped} over data.max_prompt_tokens and {prompts.unanswered} without an answer dropped)"
@@ -74,13 +82,36 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
 
 async def _run(config: RunConfig, directory: RunDirectory, prompts: PromptSet, console: Console) -> None:
     cancel_on_sigterm()
-    console.phase(f"starting {config.world_size} trainer rank(s) and {config.rollout.engines} vLLM engine(s)")
-    async with Scorer(config.rewards) as scorer:
-        job = await ReinforcementLearning.start(config, directory, prompts, scorer, console)
-        try:
-            await job.train()
-        finally:
-            await job.stop()
+    tasks = prompts.tasks
+    models = await reward_models(config, tasks, console)
+    try:
+        async with Scorer(config.rewards, judge=config.judge, models=models) as scorer:
+            scorer.prepare(tasks)
+            console.phase(
+                f"starting {config.world_size} trainer rank(s) and {config.rollout.engines} vLLM engine(s)"
+            )
+            job = await ReinforcementLearning.start(config, directory, prompts, scorer, console)
+            try:
+                await job.train()
+            finally:
+                await job.stop()
+    finally:
+        for model in models.values():
+            model.close()
+
+
+async def reward_models(config: RunConfig, tasks: Iterable[str], console: Console) -> dict[str, RewardClient]:
+    """The reward models that some task's sum names, served in the policy's own layout without data parallelism."""
+    paths = {"helpful": config.rewards.helpful_model, "safety": config.rewards.safety_model}
+    wanted = {term for task in tasks for term in weights_of(config.rewards, task)} & paths.keys()
+    placement = place(config, platforms.detect(config.platform))
+    cluster.require_gpus(placement.total_gpus(config, len(wanted)))
+    parallel = replace(config.parallel, data=1)
+    models = {}
+    for name in sorted(wanted):
+        console.phase(f"starting the {name} reward model {paths[name]}")
+        models[name] = await RewardClient.start(paths[name], config, parallel, f"{name} reward model")
+    return models
 
 
 class ReinforcementLearning:
@@ -103,6 +134,8 @@ class ReinforcementLearning:
         self.stream = PromptStream(prompts.train, config.seed)
         self.step = 0
         self.times: dict[str, float] = {}
+        self.rollouts_done = 0
+        self.trace = Trace()
 
     @classmethod
     async def start(
@@ -110,7 +143,7 @@ class ReinforcementLearning:
     ) -> ReinforcementLearning:
         """Bring up trainer and engines side by side, resume, and join them for weight sync."""
         placement = place(config, platforms.detect(config.platform))
-        cluster.require_gpus(placement.total_gpus(config))
+        cluster.require_gpus(placement.total_gpus(config, len(scorer.services.models)))
         tokenizer_path = config.model.tokenizer or config.model.path
         handles = [
             cluster.spawn(
@@ -164,6 +197,8 @@ class ReinforcementLearning:
                     metrics |= _eval_metrics(await self._evaluate(f"step {self.step}"))
                 recorder.log(self.step, metrics)
                 recorder.log_samples(self.step, scored)
+                if "eval/sampled" in metrics:
+                    self._watch()
                 table.row(self.step, metrics, of=self.config.num_steps)
                 if self._due(self.config.checkpoint.every) or self.step >= self.config.num_steps:
                     with self._timed("checkpoint"):
@@ -173,55 +208,65 @@ class ReinforcementLearning:
     async def one_rollout(self) -> tuple[list[ScoredRollout], dict[str, float]]:
         """Sample, score, credit, pack, update, publish: `grpo.mini_batches` policy updates.
 
-        `time/checkpoint` is the save that followed the rollout before.
+        Scoring begins with the first finished output and goes on while the reference model runs; `time/score`
+        is what is left of it then. `time/checkpoint` is the save that followed the rollout before.
         """
         config, began = self.config, time.monotonic()
         prompts = tell_apart(self.stream.take(config.questions_per_rollout))
-        with self._timed("generate"):
-            scored = await self._generate(prompts)
-        with self._timed("pack"):
-            credit = build_samples(scored, config, self.step)
-            self._account(scored, credit, prompts)
-            per_rank = self._pack(credit)
+        async with self.scorer.begin(self._generate(prompts)) as scoring:
+            with self._timed("generate"):
+                rollouts = await scoring.rollouts()
+            with self._timed("pack"):
+                plan = plan_samples(rollouts, config, self.step)
+                self._account(rollouts, plan, prompts)
+                packed = self._pack(plan)
+            with self._timed("reference"):
+                await self.policy.scatter("rl_prepare", [(packed[r], self.step) for r in self._data_ranks])
+            with self._timed("score"):
+                scored = await scoring.scored()
         with self._timed("train"):
-            reports = await self.policy.scatter("rl_update", per_rank)
+            values = credit(scored, config)
+            advantages = [_advantages(chunks, plan.keys, values) for chunks in packed]
+            reports = await self.policy.scatter(
+                "rl_update", [(advantages[r], self.step) for r in self._data_ranks]
+            )
         self.step += config.grpo.mini_batches
         with self._timed("sync"):
             await self._publish()
         elapsed = time.monotonic() - began
         times, self.times = self.times, {}
+        self._write_trace(scoring)
         metrics = rollout_metrics(scored) | combine_reports(reports, config.grpo.mini_batches)
         tokens = sum(len(item.rollout.response_ids) for item in scored)
         return scored, metrics | {
-            "zero_std_groups": credit.num_zero_std / max(1, credit.num_groups),
-            "masked_outputs": float(credit.num_masked),
+            "zero_std_groups": values.num_zero_std / max(1, values.num_groups),
+            "masked_outputs": float(plan.num_masked),
             "tokens_per_second": tokens / elapsed,
             "samples_per_second": len(scored) / elapsed,
             **{f"time/{name}": seconds for name, seconds in times.items()},
             "time/step": elapsed,
         }
 
-    async def _generate(self, prompts: list[Prompt]) -> list[ScoredRollout]:
-        """Outputs of the current policy, each scored as soon as it is finished."""
+    async def _generate(self, prompts: list[Prompt]) -> AsyncIterator[Rollout]:
+        """Outputs of the current policy as they finish."""
         sampling = rollout_sampling(self.config, self.step)
-        total = len(prompts) * sampling.n
-        scored = []
-        async for item in self.scorer.score_stream(self.engines.generate(prompts, sampling, self.step)):
-            scored.append(item)
-            if len(scored) % 64 == 0:
-                self.console.progress(f"step {self.step}: sampling", len(scored), total)
-        return scored
+        total, done = len(prompts) * sampling.n, 0
+        async for rollout in self.engines.generate(prompts, sampling, self.step):
+            yield rollout
+            done += 1
+            if done % 64 == 0:
+                self.console.progress(f"step {self.step}: sampling", done, total)
 
-    def _account(self, scored: list[ScoredRollout], credit: Credit, prompts: list[Prompt]) -> None:
+    def _account(self, rollouts: Sequence[Rollout], plan: Plan, prompts: list[Prompt]) -> None:
         expected = len(prompts) * self.config.grpo.group_size
-        trained = sum(len(samples) for samples in credit.mini_batches)
-        versions = {item.rollout.weight_version for item in scored}
-        if len(scored) != expected or trained + credit.num_masked != expected:
+        trained = sum(len(samples) for samples in plan.mini_batches)
+        versions = {rollout.weight_version for rollout in rollouts}
+        if len(rollouts) != expected or trained + plan.num_masked != expected:
             raise LostRollouts(
-                f"gate every-rollout-counts, step {self.step}: {expected} outputs were asked for, {len(scored)} came back, "
-                f"{trained} are trained on and {credit.num_masked} masked"
+                f"gate every-rollout-counts, step {self.step}: {expected} outputs were asked for, {len(rollouts)} came "
+                f"back, {trained} are trained on and {plan.num_masked} masked"
             )
-        if not all(credit.mini_batches):
+        if not all(plan.mini_batches):
             raise LostRollouts(
                 f"gate every-rollout-counts, step {self.step}: a mini-batch has no output left, all were cut at the "
                 "length limit and masked (grpo.mask_truncated): raise rollout.max_tokens"
@@ -231,16 +276,36 @@ class ReinforcementLearning:
                 f"gate weight-version, step {self.step}: outputs were sampled with weights of step {sorted(versions)}"
             )
 
-    def _pack(self, credit: Credit) -> list[tuple[Any, int]]:
-        """Arguments of rl_update for every trainer rank."""
-        config = self.config
+    def _pack(self, plan: Plan) -> list[list[list[PackedBatch]]]:
+        """[data rank][mini-batch] -> chunks."""
+        parallel, align = self.config.parallel, self.config.token_alignment
         packed = [
-            pack(samples, config.parallel.data, config.parallel.tokens_per_chunk, config.token_alignment)
-            for samples in credit.mini_batches
+            pack(samples, parallel.data, parallel.tokens_per_chunk, align) for samples in plan.mini_batches
         ]
-        return [
-            ([ranks[config.data_rank(r)] for ranks in packed], self.step) for r in range(config.world_size)
-        ]
+        return [[ranks[r] for ranks in packed] for r in range(parallel.data)]
+
+    @property
+    def _data_ranks(self) -> list[int]:
+        """Every trainer rank's data rank."""
+        return [self.config.data_rank(rank) for rank in range(self.config.world_size)]
+
+    def _write_trace(self, scoring: Scoring) -> None:
+        """A Chrome trace of the second rollout (the first one warms up), as trace.json."""
+        self.rollouts_done += 1
+        if self.rollouts_done == 2:
+            for span in scoring.spans:
+                name = f"{span.rollout.prompt.id} output {span.rollout.index}"
+                self.trace.add("scoring", name, span.began, span.ended)
+            self.trace.write(self.directory.path / "trace.json")
+        self.trace.clear()
+
+    def _watch(self) -> None:
+        """Say it loudly, and keep it in results.json, when a model's reward looks hacked."""
+        rows = read_jsonl(self.directory.path / "metrics.jsonl")
+        alarm = reward_hacking(rows, tuple(NEURAL), len(self.prompts.heldout))
+        if alarm:
+            self.console.note(f"ALARM: {alarm}")
+            self.directory.add_results(alarms=[*self.directory.results().get("alarms", []), alarm])
 
     async def _publish(self) -> None:
         """Broadcast the policy's weights; the engines' weight version becomes the step."""
@@ -274,7 +339,19 @@ class ReinforcementLearning:
     def _timed(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.times[name] = self.times.get(name, 0.0) + time.monotonic() - began
+        ended = time.monotonic()
+        self.times[name] = self.times.get(name, 0.0) + ended - began
+        self.trace.add("phases", name, began, ended)
+
+
+def _advantages(
+    mini_batches: list[list[PackedBatch]], keys: Sequence[Sequence[OutputKey]], values: Credit
+) -> list[list[Tensor]]:
+    """[mini-batch][chunk] -> fp32 [S], for one data rank."""
+    return [
+        [chunk_advantages(chunk, of_batch, values.advantages) for chunk in chunks]
+        for chunks, of_batch in zip(mini_batches, keys, strict=True)
+    ]
 
 
 def tell_apart(prompts: list[Prompt]) -> list[Prompt]:

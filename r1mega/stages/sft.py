@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from r1mega import cluster, platforms
-from r1mega.config import ConfigError, RunConfig
+from r1mega.config import RunConfig
 from r1mega.data.packing import pack
 from r1mega.data.prompts import Document, read_documents
 from r1mega.samples import Sample
@@ -24,8 +22,8 @@ from r1mega.stages.placement import place
 from r1mega.stages.preflight import check_model, check_vocabulary
 from r1mega.stages.run_directory import RunDirectory
 from r1mega.stages.summary import combine_reports
+from r1mega.stages.supervised import batches, resume, with_steps
 from r1mega.stages.tokenizer import load_tokenizer
-from r1mega.training import checkpoint
 from r1mega.training.metrics import Recorder
 from r1mega.training.trainer import Trainer
 
@@ -41,13 +39,7 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
         config.data, tokenizer, seed=config.seed, loss_on=config.sft.loss_on, max_length=config.sft.max_length
     )
     check_vocabulary(config, (document.token_ids for document in documents.train))
-    if len(documents.train) < config.sft.batch_size:
-        raise ConfigError(
-            f"sft.batch_size={config.sft.batch_size} is more than the {len(documents.train)} documents in {config.data.path}"
-        )
-    if config.num_steps == 0:
-        steps = len(documents.train) // config.sft.batch_size * config.sft.num_epochs
-        config = replace(config, num_steps=steps)
+    config = with_steps(config, len(documents.train), "documents")
     console.note(
         f"{len(documents.train):,} documents ({documents.dropped} longer than sft.max_length dropped)"
     )
@@ -71,13 +63,13 @@ async def _train(
         name="trainer",
         **placement.trainer,
     )
-    step = await _resume(trainer, directory, console)
+    step = await resume(trainer, directory, console)
     table = console.table(COLUMNS)
     with Recorder(directory.path, resume_step=step + 1) as recorder:
-        for batch in _batches(documents, config, first_step=step):
+        for batch in batches(documents, config, first_step=step):
             began = time.monotonic()
             packed = pack(
-                batch, config.parallel.data, config.parallel.tokens_per_chunk, config.token_alignment
+                samples(batch), config.parallel.data, config.parallel.tokens_per_chunk, config.token_alignment
             )
             per_rank = [(packed[config.data_rank(rank)], step) for rank in range(config.world_size)]
             metrics = combine_reports(await trainer.scatter("sft_update", per_rank))
@@ -94,27 +86,6 @@ async def _train(
     trainer.kill()
     directory.add_results(finished=True, steps=step)
     console.result("Hugging Face checkpoint", directory.hf)
-
-
-async def _resume(trainer: cluster.WorkerGroup, directory: RunDirectory, console: Console) -> int:
-    saved = checkpoint.complete(directory.checkpoints)
-    if not saved:
-        return 0
-    step = checkpoint.read_state(saved[-1])["step"]
-    await trainer.call("load", str(saved[-1]))
-    console.note(f"resuming from {saved[-1]} (step {step})")
-    return step
-
-
-def _batches(documents: list[Document], config: RunConfig, first_step: int) -> Iterator[list[Sample]]:
-    """Shuffled epochs cut into batches, from `first_step` to the end; a function of (seed, step) alone."""
-    size = config.sft.batch_size
-    per_epoch = len(documents) // size
-    for step in range(first_step, config.num_steps):
-        epoch, index = divmod(step, per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(documents))
-        chosen = [documents[i] for i in order[index * size : (index + 1) * size]]
-        yield samples(chosen)
 
 
 def samples(documents: list[Document]) -> list[Sample]:

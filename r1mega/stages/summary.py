@@ -31,6 +31,15 @@ def combine_reports(reports: Sequence[dict[str, Any]], num_updates: int = 1) -> 
     }
 
 
+def term_means(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Mean of every term over the outputs that have it: a task's row names its terms."""
+    values: dict[str, list[float]] = {}
+    for item in scored:
+        for term, value in item.reward.terms.items():
+            values.setdefault(term, []).append(value)
+    return {term: sum(found) / len(found) for term, found in values.items()}
+
+
 def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
     """Means over the outputs of one rollout; verdicts as counts, reflective words per response."""
     n = max(1, len(scored))
@@ -39,8 +48,7 @@ def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
         "response_length": sum(len(item.rollout.response_ids) for item in scored) / n,
         "truncated": sum(item.rollout.finish_reason == "length" for item in scored) / n,
     }
-    for term in scored[0].reward.terms:
-        metrics[term] = sum(item.reward.terms[term] for item in scored) / n
+    metrics |= term_means(scored)
     verdicts = Counter(
         f"{term}:{verdict}" for item in scored for term, verdict in item.reward.verdicts.items()
     )

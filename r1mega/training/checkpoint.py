@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from r1mega.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
-    from r1mega.models.language_model import LanguageModel
+    from r1mega.models.trunk import Trunk
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -42,7 +42,7 @@ def _metadata() -> dict[str, Any]:
 
 
 def _sharded_state(
-    model: LanguageModel, reference: LanguageModel | None, optimizer: Optimizer, *, loading: bool
+    model: Trunk, reference: Trunk | None, optimizer: Optimizer, *, loading: bool
 ) -> dict[str, Any]:
     metadata = _metadata()
     model_state = model.sharded_state_dict(metadata=metadata)
@@ -70,8 +70,8 @@ def _plain_errors(what: str) -> Iterator[None]:
 def save(
     root: Path,
     step: int,
-    model: LanguageModel,
-    reference: LanguageModel | None,
+    model: Trunk,
+    reference: Trunk | None,
     optimizer: Optimizer,
     state: dict[str, Any],
     keep: int,
@@ -111,7 +111,7 @@ def save(
     return final
 
 
-def load(path: Path, model: LanguageModel, reference: LanguageModel | None, optimizer: Optimizer) -> None:
+def load(path: Path, model: Trunk, reference: Trunk | None, optimizer: Optimizer) -> None:
     """Read a checkpoint into a model of any layout. Called on every rank. Raises OSError when it is damaged."""
     from megatron.core import dist_checkpointing
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from r1mega.config import OptimizerConfig, ParallelConfig
 
 if TYPE_CHECKING:
-    from r1mega.models.language_model import LanguageModel
+    from r1mega.models.trunk import Trunk
 
 
 class NonFiniteGradient(RuntimeError):
@@ -42,9 +42,7 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 class Optimizer:
     """AdamW over the local shard: fp32 master weights and moments, sharded over data ranks if asked."""
 
-    def __init__(
-        self, model: LanguageModel, config: OptimizerConfig, parallel: ParallelConfig, total_steps: int
-    ):
+    def __init__(self, model: Trunk, config: OptimizerConfig, parallel: ParallelConfig, total_steps: int):
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
         from megatron.core.optimizer import get_megatron_optimizer
@@ -59,21 +57,20 @@ class Optimizer:
             ),
             Float16Module(model.config, model) if half else model,
         )
-        self.megatron = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                weight_decay=config.weight_decay,
-                clip_grad=config.clip_grad,
-                bf16=half,
-                params_dtype=model.config.params_dtype,
-                use_distributed_optimizer=parallel.distributed_optimizer,
-            ),
-            [self.ddp],
+        options = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            weight_decay=config.weight_decay,
+            clip_grad=config.clip_grad,
+            bf16=half,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
         )
+        groups = _float32_apart(options) if half else None
+        self.megatron = get_megatron_optimizer(options, [self.ddp], groups)
         self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
         """Dense and expert parameters are reduced over different groups, so they have optimizers of their own."""
 
@@ -106,3 +103,15 @@ class Optimizer:
         updated = self.megatron.step_with_ready_grads()
         assert updated
         return StepReport(grad_norm=norm, lr=lr)
+
+
+def _float32_apart(options: Any) -> dict[Any, Any]:
+    """Megatron's parameter groups, and one more for float32 parameters of a half-precision model (a scalar head).
+
+    In one group with the others their optimizer states would be taken for those of others: the distributed optimizer
+    counts parameters in the order of its buffers and then puts float32 ones first (distrib_optimizer.py:587, :441).
+    """
+    from megatron.core.optimizer import ParamKey, ParamPredicate, get_standard_config_overrides
+
+    is_float32 = ParamPredicate(name="float32", fn=lambda parameter: parameter.dtype is torch.float32)
+    return get_standard_config_overrides(options) | {ParamKey(predicate=is_float32): {"lr_mult": 1.0}}

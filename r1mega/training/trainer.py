@@ -7,7 +7,6 @@ vLLM or the disk layout of a run.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from r1mega import platforms
 from r1mega.algorithms.losses import Metrics, combine, grpo_loss, sft_loss
 from r1mega.config import RunConfig
-from r1mega.parallel.mesh import destroy_mesh, init_mesh
+from r1mega.parallel.mesh import destroy_mesh
 from r1mega.samples import PackedBatch
 from r1mega.training import checkpoint
 from r1mega.training.optimizer import Optimizer
+from r1mega.training.process import join, on_device, update_report
 
 if TYPE_CHECKING:  # r1mega.models imports Megatron, which Platform.prepare_megatron must meet first
     from r1mega.models.language_model import LanguageModel, TokenOutputs
@@ -36,21 +35,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig, threads: int = 1):
         self.config = config
-        self.rank = int(os.environ["RANK"])
-        self.platform = platforms.detect(config.platform)
-        self.platform.set_threads(threads)
-        self.platform.prepare_megatron()
-        self.device = self.platform.device_of(int(os.environ["LOCAL_RANK"]))
-        self.platform.init_process_group(
-            self.rank,
-            int(os.environ["WORLD_SIZE"]),
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            config.sync.timeout_seconds,
-        )
+        self.process = join(config, threads)
+        self.rank, self.platform = self.process.rank, self.process.platform
+        self.device, self.mesh = self.process.device, self.process.mesh
         from r1mega.models.hf_config import load_hf_config
 
-        self.mesh = init_mesh(config.parallel, seed=config.seed)
         self.hf_config = load_hf_config(config.model.path)
         self.model = self._build()
         needs_reference = config.stage == "rl" and config.grpo.kl_coef > 0
@@ -58,6 +47,7 @@ class Trainer:
         if self.reference is not None:
             self.reference.requires_grad_(False)
         self.optimizer = Optimizer(self.model, config.optimizer, config.parallel, config.num_steps)
+        self._prepared: list[list[PackedBatch]] = []
 
     def _build(self) -> LanguageModel:
         from r1mega.models.hf_weights import import_hf
@@ -85,18 +75,33 @@ class Trainer:
 
     # ---- updates
 
-    def rl_update(self, mini_batches: list[list[PackedBatch]], step: int) -> dict[str, Any]:
-        """One optimizer step per mini-batch over this rank's chunks, starting at policy update `step`.
+    def rl_prepare(self, mini_batches: list[list[PackedBatch]], step: int) -> None:
+        """The forward passes of a rollout that need no reward: reference and old log-probs of this rank's chunks.
 
-        Returns {"totals": metric sums of this rank, "counted": whether this rank's sums count (one of each
-        tensor group does), "grad_norm", "lr", ...}. Raises GateFailed before the first step changes anything.
+        They run while rewards are still being computed (R1, appendix B.1); `rl_update` takes it from here.
         """
         self._maybe_refresh_reference(step)
-        mini_batches = [[_to(batch, self.device) for batch in chunks] for chunks in mini_batches]
+        mini_batches = [[on_device(batch, self.device) for batch in chunks] for chunks in mini_batches]
         if self.reference is not None:
             mini_batches = self._with(mini_batches, "ref_logprobs_T", self.reference)
         if len(mini_batches) > 1:
             mini_batches = self._with(mini_batches, "old_logprobs_T", self.model)
+        self._prepared = mini_batches
+
+    def rl_update(self, advantages: list[list[Tensor]] | None, step: int) -> dict[str, Any]:
+        """One optimizer step per mini-batch of `rl_prepare`, starting at policy update `step`.
+
+        advantages[mini-batch][chunk]: fp32 [S], one for each sequence of the chunk, padding's included; None
+        where the chunks carry advantages_T already.
+        Returns {"totals": metric sums of this rank, "counted": whether this rank's sums count (one of each
+        tensor group does), "grad_norm", "lr", ...}. Raises GateFailed before the first step changes anything.
+        """
+        mini_batches, self._prepared = self._prepared, []
+        if advantages is not None:
+            mini_batches = [
+                [_with_advantages(batch, values_S) for batch, values_S in zip(chunks, values, strict=True)]
+                for chunks, values in zip(mini_batches, advantages, strict=True)
+            ]
         parts: list[Metrics] = []
         norms: list[float] = []
         for k, chunks in enumerate(mini_batches):
@@ -106,7 +111,7 @@ class Trainer:
             parts.append(totals)
             report = self.optimizer.step(step + k)
             norms.append(report.grad_norm)
-        return self._report(parts, norms, report.lr)
+        return update_report(self.process, parts, norms, report.lr)
 
     def sft_update(self, chunks: list[PackedBatch], step: int) -> dict[str, Any]:
         """One optimizer step of next-token cross-entropy over this rank's chunks; returns what rl_update returns."""
@@ -114,12 +119,12 @@ class Trainer:
         self.optimizer.zero_grad()
         parts = []
         for batch in chunks:
-            batch = _to(batch, self.device)
+            batch = on_device(batch, self.device)
             outputs = self._forward(self.optimizer.ddp, batch)
             loss, metrics = sft_loss(outputs.logprobs_T, batch)
             parts.append(metrics | self._backward(loss, outputs))
         report = self.optimizer.step(step)
-        return self._report(parts, [report.grad_norm], report.lr)
+        return update_report(self.process, parts, [report.grad_norm], report.lr)
 
     def _accumulate(self, chunks: list[PackedBatch]) -> Metrics:
         """Forward and backward of one mini-batch; gradients are left in the buffers."""
@@ -183,15 +188,6 @@ class Trainer:
         if not kl >= 0:
             raise GateFailed(f"gate kl, step {step}: the k3 KL sum is {kl:.3e}, which cannot be")
 
-    def _report(self, parts: list[Metrics], norms: list[float], lr: float) -> dict[str, Any]:
-        return {
-            "totals": {key: float(value) for key, value in combine(parts).items()},
-            "counted": self.mesh.tensor_rank == 0,
-            "grad_norm": sum(norms) / len(norms),
-            "lr": lr,
-            "peak_memory_bytes": self.platform.peak_memory_bytes(),
-        }
-
     # ---- state
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -219,7 +215,7 @@ class Trainer:
         destroy_mesh()
 
 
-def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    moved: dict[str, Any] = {k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)}
-    return dataclasses.replace(batch, **moved)
+def _with_advantages(batch: PackedBatch, advantages_S: Tensor) -> PackedBatch:
+    """Every trained token of a sequence gets the sequence's advantage."""
+    values_S = advantages_S.to(batch.loss_mask_T.device)
+    return dataclasses.replace(batch, advantages_T=batch.loss_mask_T * values_S[batch.sequence_of_T])

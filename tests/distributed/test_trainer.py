@@ -128,6 +128,11 @@ def test_two_data_ranks_train_like_one(tmp_path):
         assert two[0][step][1] == pytest.approx(norm, rel=2e-4)
 
 
+def updated(trainer, mini_batches, step: int) -> dict:
+    trainer.rl_prepare(mini_batches, step)
+    return trainer.rl_update(None, step)
+
+
 def gates(trainer, _out: Path) -> None:
     from r1mega.training.optimizer import NonFiniteGradient
     from r1mega.training.trainer import GateFailed
@@ -141,7 +146,7 @@ def gates(trainer, _out: Path) -> None:
     (chunks,) = batch(0, trainer.config.parallel, rl=True)
     before = weights()
     with pytest.raises(GateFailed, match="rollout-logprobs"):  # the engine claims log-prob 0 everywhere
-        trainer.rl_update([chunks], 0)
+        updated(trainer, [chunks], 0)
     assert unchanged(before)
 
     honest = [
@@ -152,10 +157,10 @@ def gates(trainer, _out: Path) -> None:
         dataclasses.replace(chunk, advantages_T=chunk.advantages_T * float("nan")) for chunk in honest
     ]
     with pytest.raises(NonFiniteGradient):
-        trainer.rl_update([poisoned], 0)
+        updated(trainer, [poisoned], 0)
     assert unchanged(before)
 
-    report = trainer.rl_update([honest, honest], 0)
+    report = updated(trainer, [honest, honest], 0)
     assert report["totals"]["logprob_mismatch_max"] < 1e-4
     assert not unchanged(before)
 
@@ -164,7 +169,7 @@ def gates(trainer, _out: Path) -> None:
         gates=dataclasses.replace(trainer.config.gates, ratio=-1.0, logprob_mean=10, logprob_max=50),
     )
     with pytest.raises(GateFailed, match="on-policy-ratio"):
-        trainer.rl_update([honest], 2)
+        updated(trainer, [honest], 2)
 
 
 def test_gates_stop_an_update_before_the_weights_change(tmp_path):
@@ -178,14 +183,14 @@ def without_reference(trainer, _out: Path) -> None:
         dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
         for chunk in chunks
     ]
-    report = trainer.rl_update([honest], 0)
+    report = updated(trainer, [honest], 0)
     assert trainer.reference is None
     assert "kl" not in report["totals"]
     from r1mega.training.trainer import GateFailed
 
     lost = [dataclasses.replace(c, rollout_logprobs_T=c.rollout_logprobs_T * float("nan")) for c in honest]
     with pytest.raises(GateFailed, match="rollout-logprobs"):
-        trainer.rl_update([lost], 1)
+        updated(trainer, [lost], 1)
 
 
 def test_without_kl_there_is_no_reference_and_nan_fails_the_gate(tmp_path):
@@ -200,7 +205,7 @@ def refreshing(trainer, _out: Path) -> None:
             dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
             for chunk in chunks
         ]
-        kl = trainer.rl_update([honest], step)["totals"]["kl"]
+        kl = updated(trainer, [honest], step)["totals"]["kl"]
         assert (kl > 1e-6) == (step == 1), f"step {step}: kl {kl}"
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from r1mega.algorithms.advantages import group_advantages, split_mini_batches, token_weights
-from r1mega.algorithms.credit import build_samples
+from r1mega.algorithms.credit import build_samples, chunk_advantages, credit, plan_samples
 from r1mega.config import GRPOConfig, RolloutConfig, RunConfig
+from r1mega.data.packing import pack
 from r1mega.samples import Prompt, Reward, Rollout, ScoredRollout
 
 
@@ -94,8 +95,8 @@ def test_split_of_too_few_outputs_leaves_mini_batches_empty():
 
 
 def test_sample_arrays_are_shifted_by_one():
-    credit = build_samples([scored("p", 0, 1.0), scored("p", 1, 0.0)], run_config(std_epsilon=0.0), step=0)
-    ((first, second),) = credit.mini_batches
+    samples = build_samples([scored("p", 0, 1.0), scored("p", 1, 0.0)], run_config(std_epsilon=0.0), step=0)
+    ((first, second),) = samples
     assert first.token_ids.tolist() == [10, 11, 100, 101, 102]
     assert first.loss_mask.tolist() == [0, 1, 1, 1]
     assert first.rollout_logprobs.tolist() == [0, -0.5, -1.5, -2.5]
@@ -111,8 +112,8 @@ def test_sample_arrays_are_shifted_by_one():
 
 def test_advantages_are_computed_before_groups_are_torn_apart():
     rollouts = [scored(f"p{q}", i, float(i)) for q in range(4) for i in range(4)]
-    credit = build_samples(rollouts, run_config(group_size=4, mini_batches=4, std_epsilon=0.0), step=0)
-    values = sorted(sample.advantages[-1] for part in credit.mini_batches for sample in part)
+    samples = build_samples(rollouts, run_config(group_size=4, mini_batches=4, std_epsilon=0.0), step=0)
+    values = sorted(sample.advantages[-1] for part in samples for sample in part)
     expected = sorted(4 * [(i - 1.5) / 1.25**0.5 for i in range(4)])
     np.testing.assert_allclose(values, expected, rtol=1e-6)
 
@@ -122,8 +123,7 @@ def test_order_of_arrival_does_not_change_the_samples():
     config = run_config(group_size=4, mini_batches=2)
     shuffled = [rollouts[i] for i in torch.randperm(len(rollouts))]
     one, other = build_samples(rollouts, config, step=6), build_samples(shuffled, config, step=6)
-    assert one.num_zero_std == other.num_zero_std
-    for left, right in zip(chain(*one.mini_batches), chain(*other.mini_batches), strict=True):
+    for left, right in zip(chain(*one), chain(*other), strict=True):
         for name in ("token_ids", "loss_mask", "token_weights", "advantages", "rollout_logprobs"):
             np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
 
@@ -131,28 +131,38 @@ def test_order_of_arrival_does_not_change_the_samples():
 def test_the_shuffle_depends_on_the_step():
     rollouts = [scored(f"p{q}", 0, float(q), length=q + 1) for q in range(16)]
     config = run_config(mini_batches=2)
-    lengths = [
-        [len(s.token_ids) for s in build_samples(rollouts, config, step).mini_batches[0]] for step in (0, 2)
-    ]
+    lengths = [[len(s.token_ids) for s in build_samples(rollouts, config, step)[0]] for step in (0, 2)]
     assert lengths[0] != lengths[1]
 
 
 def test_lost_outputs_leave_weights_that_sum_to_one():
     rollouts = [scored(f"p{q}", i, float(i), length=1 + i) for q in range(3) for i in range(4)][:-5]
     for aggregation in ("sequence_mean", "token_mean"):
-        credit = build_samples(rollouts, run_config(mini_batches=2, aggregation=aggregation), step=0)
-        assert sum(map(len, credit.mini_batches)) == 7
-        for part in credit.mini_batches:
+        samples = build_samples(rollouts, run_config(mini_batches=2, aggregation=aggregation), step=0)
+        assert sum(map(len, samples)) == 7
+        for part in samples:
             assert sum(sample.token_weights.sum() for sample in part) == pytest.approx(1, rel=1e-6)
 
 
 def test_masked_truncated_outputs_leave_the_loss_but_keep_their_say_in_the_mean():
     rollouts = [scored("p", 0, 3.0), scored("p", 1, 0.0, finish_reason="length"), scored("p", 2, 0.0)]
     config = run_config(mask_truncated=True, scale_by_std=False)
-    credit = build_samples(rollouts, config, step=0)
-    assert credit.num_masked == 1
-    assert [sample.advantages[-1] for sample in credit.mini_batches[0]] == [2.0, -1.0]
-    assert build_samples(rollouts, run_config(), step=0).num_masked == 0
+    assert [sample.advantages[-1] for sample in build_samples(rollouts, config, step=0)[0]] == [2.0, -1.0]
+    plain = [item.rollout for item in rollouts]
+    assert [plan_samples(plain, c, step=0).num_masked for c in (config, run_config())] == [1, 0]
+
+
+def test_advantages_find_their_sequence_in_every_chunk():
+    rollouts = [
+        scored(f"p{q}", i, float(i == q % 4), length=1 + 3 * q + i) for q in range(5) for i in range(4)
+    ]
+    config = run_config(group_size=4, mini_batches=2)
+    plan, values = plan_samples([item.rollout for item in rollouts], config, step=0), credit(rollouts, config)
+    whole = build_samples(rollouts, config, step=0)
+    for samples, keys, complete in zip(plan.mini_batches, plan.keys, whole, strict=True):
+        for bare, full in zip(chain(*pack(samples, 2, 64, 8)), chain(*pack(complete, 2, 64, 8)), strict=True):
+            advantages_S = chunk_advantages(bare, keys, values.advantages)
+            assert torch.equal(bare.loss_mask_T * advantages_S[bare.sequence_of_T], full.advantages_T)
 
 
 def test_a_rollout_without_its_logprobs_is_refused_by_name():

@@ -69,7 +69,12 @@ def test_sound_runs_pass():
         ("parallel.tokens_per_chunk", 1024, "set it to 2048 or more"),
         ("parallel.data", 1024, "more replicas than the 512 outputs"),
         ("optimizer.beta2", 1.0, "[0, 1)"),
-        ("rewards.accuracy", -0.5, "0 or more"),
+        ("rewards.weights", {"accuracy": -0.5}, "accuracy has weight -0.5, it must be a number of 0 or more"),
+        ("rewards.weights", {"accuracy": "1"}, "it must be a number"),
+        ("rewards.weights", {"accuracy": 0.0, "format": 0.0}, "nothing to learn"),
+        ("rewards.task_weights", {"code": {"accuracy": 0.0}}, "rewards.task_weights[code]"),
+        ("rewards.task_weights", {"code": 1.0}, "a table of term -> weight"),
+        ("judge.price", (1.0,), "two prices"),
         ("model.dtype", "fp32", "one of float32, bfloat16"),
         ("optimizer.lr", "3e-6", "a str, it must be a float"),
         ("grpo.group_size", True, "a bool, it must be a int"),
@@ -93,10 +98,6 @@ def test_a_warm_up_as_long_as_the_run_leaves_no_cosine():
     config = changed("optimizer.warmup_steps", 8)
     check(config)
     assert "leaves nothing of num_steps=8" in complaint(changed("optimizer.schedule", "cosine", config))
-
-
-def test_a_run_with_nothing_to_learn_from_is_refused():
-    assert "nothing to learn" in complaint(changed("rewards.format", 0.0, changed("rewards.accuracy", 0.0)))
 
 
 def test_sft_has_its_own_checks():
@@ -134,3 +135,33 @@ def test_every_numeric_setting_has_a_bound():
     }
     numeric = {name for name, value in settings(RunConfig()).items() if type(value) in (int, float)}
     assert numeric == {*POSITIVE.split(), *NON_NEGATIVE.split()} | elsewhere
+
+
+def test_a_pair_must_fit_into_one_chunk():
+    config = changed("sft.max_length", 512, replace(SOUND, stage="reward_model"))
+    for objective, chunk, words in (
+        ("pairwise", 1023, "set it to 1024"),
+        ("pairwise", 1024, ""),
+        ("pointwise", 512, ""),
+    ):
+        changed_config = changed(
+            "reward_model.objective", objective, changed("parallel.tokens_per_chunk", chunk, config)
+        )
+        if words:
+            assert words in complaint(changed_config)
+        else:
+            check(changed_config)
+    assert "predicts no tokens" in complaint(changed("model.mtp_loss_weight", 0.1, config))
+
+
+def test_a_judge_needs_an_address_and_a_name():
+    pairs = replace(SOUND, stage="preference_pairs")
+    assert "judge.url=" in complaint(pairs)
+    assert "judge.model=" in complaint(changed("judge.url", "http://127.0.0.1:1/v1", pairs))
+    check(
+        changed(
+            "model.path",
+            "",
+            changed("judge.model", "m", changed("judge.url", "http://127.0.0.1:1/v1", pairs)),
+        )
+    )

@@ -29,7 +29,8 @@ def test_r1_zero_has_the_values_of_the_paper():
     assert (config.questions_per_rollout, config.outputs_per_rollout) == (512, 8192)
     assert config.num_steps // config.grpo.mini_batches == 650
     assert config.grpo.reference_every == 400
-    assert config.rewards.accuracy == config.rewards.format > 0
+    assert config.rewards.weights == {"accuracy": 1.0, "format": 1.0}
+    assert not config.rewards.task_weights
     assert (config.grpo.split, config.grpo.ratio, config.grpo.aggregation) == (
         "output",
         "token",

@@ -1,23 +1,17 @@
-"""Math answers: what is found in a response, what is equal to what, and what a hostile answer can do (nothing)."""
+"""Math answers: what is found in a response, and what is equal to what."""
 
 # ruff: noqa: RUF001  (look-alike characters are what is tested)
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 from r1mega.rewards.math_answer import MAX_ANSWER, boxed, extract_answer, normalised, quantity, quick_compare
 from r1mega.rewards.workers import WorkerPool
-
-SHARED = Path(os.environ.get("R1MEGA_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 
 EQUAL = [
     ("1/3", r"\frac13"),
@@ -56,6 +50,22 @@ EQUAL = [
     ("12:30", "12:30"),
     ("12", r"$\boxed{12}$"),
     ("6", "$6$."),
+    (r"11,\! 111,\! 100", "11111100"),
+    ("14{,}916", "14 {, }916"),
+    ("14 right triangles", "14"),
+    (r"34\text{ sq. units}", "34"),
+    ("7 hours", "420 minutes"),
+    (r"\$0.50", "50 cents"),
+    ("5 million", "5000000"),
+    ("A, B, E", "E, A and B"),
+    (r"\text{A,B}", r"\text{A, B}"),
+    ("1\u202f000", "1000"),
+    ("2:30 pm", "2:30 p.m."),
+    ("The answer is 12.", "12"),
+    ("**12**", "12"),
+    (r"\approx 8.24", "8.24"),
+    ("(p,q)=(3,2)", "(3,2)"),
+    ("a=1, b=2", "1, 2"),
 ]
 EQUAL_BY_SYMPY = [
     (r"\sqrt{8}", "2√2"),
@@ -73,6 +83,21 @@ EQUAL_BY_SYMPY = [
     (r"5\text{ or }7", "5, 7"),
     ("y=2x", "2x"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
+    (r"\pm 3", "3, -3"),
+    (r"6\pi\text{ cm}^2", r"6\pi"),
+    (r"\sin 30^\circ", r"\frac12"),
+    (r"\tan^{-1}(1)", r"\frac{\pi}{4}"),
+    ("x^2/4+y^2/3=1", "3x^2+4y^2=12"),
+    ("(a+5)(b+2)", "ab+2a+5b+10"),
+    (r"\cot x", r"\frac{\cos x}{\sin x}"),
+    (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ or } x>3"),
+    (r"\sqrt[3]{-8}", "-2"),
+    ("204_5", "204_{5}"),
+    (r"\begin{pmatrix}1/2&0\\0&1\end{pmatrix}", r"\begin{pmatrix}0.5&0\\0&1\end{pmatrix}"),
+    ("p - q", "-q + p"),
+    (r"\frac\pi 2", r"\pi/2"),
+    ("sqrt(2)/2", r"\frac{1}{\sqrt{2}}"),
 ]
 UNEQUAL = [
     ("1/3", "0.3333"),
@@ -92,6 +117,19 @@ UNEQUAL = [
     ("10", "100"),
     ("2107", "-2107"),
     (r"\frac{33}{100}", r"\frac{100}{33}"),
+    ("5", "5,5"),
+    ("(4,112)", "[4,112]"),
+    (r"\{1,2\}", "(1,2)"),
+    ("20 miles", "20 square feet"),
+    (r"20\%", r"20^\circ"),
+    (r"\$180", "180 miles"),
+    ("5.4 cents", r"\$5.4"),
+    ("2:30 am", "2:30 pm"),
+    ("1:2", "1/2"),
+    (r"\text{odd}", r"\text{even}"),
+    ("A, B", "A, B, C"),
+    ("5", "5 or 7"),
+    ("1.5e3", "1.5e4"),
 ]
 UNEQUAL_BY_SYMPY = [
     (r"\sqrt{2}", "1.414214"),
@@ -105,6 +143,19 @@ UNEQUAL_BY_SYMPY = [
     ("Evelyn", "Debra"),
     ("x=3", "x=4"),
     ("3", "3, 4"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}"),
+    (r"\sqrt{x^2}", "x"),
+    (r"(\sqrt{2},\sqrt{3})", r"(\sqrt{3},\sqrt{2})"),
+    (r"(5,\infty)", r"(\infty,5)"),
+    ("x^2+y^2=1", "x^2+y^2=2"),
+    ("y=2x+3", "y=2x-3"),
+    ("204_5", "204_6"),
+    ("5", "5xy"),
+    (r"2\pi", r"2\pi^2"),
+    ("xy", "x+y"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}2&1\end{pmatrix}"),
+    (r"e^{\pi\sqrt{163}}", "262537412640768744"),
+    (r"\sqrt{2}", "1.41421356237309504880168872420969807856967187537694"),
 ]
 
 
@@ -126,6 +177,14 @@ def pool() -> Iterator[WorkerPool]:
         (r"<think>\boxed{1}</think> It is \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
         (r"first \boxed{1}, then \boxed{\text{\}}2}", r"\text{\}}2"),
         ("so it is\n#### 1,002", "1,002"),
+        (r"so \boxed{-2} \quad \text{and} \quad \boxed{1}.", "-2, 1"),
+        (r"\boxed{5} after some words \boxed{7}", "7"),
+        (r"\boxed{5}. \boxed{5}", "5"),
+        ("#### 5\nThat is all", "5"),
+        ("<think><answer>41</answer></think> \\boxed{42}", "42"),
+        ("<think><answer>41</answer> #### 41 \\boxed{41}</think> I do not know", None),
+        ("<think>a</think><answer>1</answer><think>b</think><answer>2</answer>", "2"),
+        ("<think><answer>42</answer>", None),
         ("<think>it is 42", None),
         (r"<think>\boxed{42}", None),
         (r"<think>\boxed{42}</think>", None),
@@ -139,6 +198,24 @@ def pool() -> Iterator[WorkerPool]:
 )
 def test_the_answer_is_what_the_response_commits_to(response: str, answer: str | None) -> None:
     assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [
+        ("first 3, then 1,234.5 apples.", "1,234.5"),
+        ("it is -7", "-7"),
+        ("half: 1/2", "1/2"),
+        ("about 15%", "15%"),
+        ("<think>5</think> none", None),
+        (r"\boxed{4} and not 5", "4"),
+        ("no number", None),
+    ],
+)
+def test_the_last_number_counts_only_when_asked_for(response: str, number: str | None) -> None:
+    assert extract_answer(response, last_number=True) == number
+    if "boxed" not in response:
+        assert extract_answer(response) is None
 
 
 def test_nested_boxes_give_the_outermost_content() -> None:
@@ -205,92 +282,3 @@ def test_sympy_finds_what_text_cannot(pool: WorkerPool) -> None:
         (gold, pred, future.result()) for gold, pred, verdict, future in futures if future.result() != verdict
     ]
     assert not wrong
-
-
-HOSTILE = [
-    "9^{9^{9^{9}}}",
-    "9**9**9**9",
-    "10^{10^{10}}",
-    "1000000!",
-    "((10!)!)!",
-    "(" * 2000 + "5" + ")" * 2000,
-    "(" * 2000,
-    "{" * 2000,
-    r"\frac" * 700,
-    r"\frac{1}{" * 300 + "2" + "}" * 300,
-    r"\sqrt{" * 300 + "2" + "}" * 300,
-    r"\left(" * 300,
-    "5" * 3999,
-    "1+" * 1900 + "1",
-    "x^" * 1000 + "x",
-    "__import__('os').system('touch PWNED')",
-    "$__import__('os').system('touch PWNED')$",
-    r"\boxed{__import__('pathlib').Path('PWNED').touch()}",
-    "exec(open('/etc/passwd').read())",
-    r"\operatorname{__import__}(\text{os})",
-    "().__class__.__bases__[0].__subclasses__()",
-    "lambda: 5",
-    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{1000000000}",
-    r"\int_0^{\infty} e^{-x^{x^x}} dx",
-    r"\sum_{k=1}^{\infty}\frac{1}{k^{k}}",
-    r"\lim_{x\to 0} \sin(\sin(\sin(\sin(x))))^{1/x}",
-    r"\prod_{n=1}^{10^9} n",
-    "(x+1)^{100000}",
-    "(x+y+z+1)^{300}-(x+y+z+1)^{300}",
-    r"\log(\log(\log(\log(0))))",
-    r"\frac{0}{0}",
-    r"\infty - \infty",
-    "nan",
-    "%s %d {0} {}",
-    "\x00\x01\x02",
-    "\ud800",
-    "🎉" * 1000,
-    "\\" * 3000,
-    "$" * 3000,
-    "a,b," * 900,
-]
-
-
-def test_hostile_answers_neither_hang_nor_run_nor_spoil_the_next() -> None:
-    before = set(os.listdir("/"))  # the workers' directory
-    futures = []
-    with WorkerPool(2, cpu_seconds=0.4, memory_mib=1024) as pool:
-        for text in HOSTILE:
-            futures += [pool.submit("math", "5", text), pool.submit("math", r"\sqrt{8}", r"2\sqrt{2}")]
-        verdicts = [future.result(timeout=240) for future in futures]
-    assert set(verdicts[1::2]) == {"equal"}
-    assert not set(verdicts[::2]) & {"equal", "fault"}, Counter(verdicts[::2])
-    assert set(verdicts[::2]) <= {"unequal", "unparsable", "timeout", "too_long", "memory"}
-    assert "timeout" in verdicts
-    assert set(os.listdir("/")) == before
-    assert not Path("PWNED").exists()
-
-
-def test_a_million_characters_are_read_once_and_refused() -> None:
-    for text in (
-        "<answer>" + "9" * 10**6 + "</answer>",
-        "<answer>" * 125_000,
-        r"\boxed{" * 140_000,
-        "#" * 10**6,
-    ):
-        answer = extract_answer(text)
-        assert answer is None or quick_compare("5", answer) == "too_long"
-
-
-@pytest.mark.skipif(not (SHARED / "data/math_pairs").exists(), reason=f"no shared data at {SHARED}")
-def test_labelled_pairs_are_judged_as_labelled(pool: WorkerPool) -> None:
-    rows = [json.loads(line) for line in (SHARED / "data/math_pairs/open.jsonl").read_text().splitlines()]
-
-    def text(row: dict, key: str) -> str:
-        return row[key] if row["raw"] else rf"\boxed{{{row[key]}}}"
-
-    futures = [pool.submit("math", text(row, "gold"), text(row, "pred")) for row in rows]
-    verdicts = [future.result(timeout=240) for future in futures]
-    right = [(verdict == "equal") == row["equal"] for verdict, row in zip(verdicts, rows, strict=True)]
-    false_accepts = [
-        (row["gold"], row["pred"])
-        for verdict, row in zip(verdicts, rows, strict=True)
-        if verdict == "equal" and not row["equal"] and not row.get("doubt")
-    ]
-    assert sum(right) / len(rows) >= 0.985
-    assert len(false_accepts) <= 1, false_accepts

@@ -6,11 +6,13 @@ import shlex
 import pytest
 
 from r1mega.config import (
+    PRESETS,
     ConfigError,
     DataConfig,
     GRPOConfig,
     ModelConfig,
     OptimizerConfig,
+    RewardConfig,
     RolloutConfig,
     RunConfig,
 )
@@ -130,6 +132,10 @@ CHANGED = RunConfig(
     data=DataConfig(path="$HOME/q.jsonl"),
     optimizer=OptimizerConfig(lr=1.25e-6),
     rollout=RolloutConfig(max_tokens=((0, 32), (10, 64)), eager=True),
+    rewards=RewardConfig(
+        weights={"accuracy": 1.0, "language": 0.5},
+        task_weights={"general": {"helpful": 1.0, "format": 0.25}, "code": {"accuracy": 1.0}},
+    ),
 )
 
 
@@ -143,7 +149,7 @@ def test_describe_prints_valid_overrides_that_rebuild_the_run(tmp_path):
 
 def test_describe_marks_what_differs_from_the_defaults():
     marked = [line for line in describe(CHANGED).splitlines() if "  # default " in line]
-    assert len(marked) == len(changed(CHANGED)) == 7
+    assert len(marked) == len(changed(CHANGED)) == 9
     assert any(
         line.startswith("rollout.max_tokens=0:32,10:64 ") and line.endswith("0:1024") for line in marked
     )
@@ -171,7 +177,27 @@ def test_values_are_printed_as_the_command_line_takes_them():
         "a",
         "",
     ]
+    assert format_value({"accuracy": 1.0, "format": 0.5}) == "accuracy:1.0,format:0.5"
+    assert format_value({"code": {"accuracy": 1.0}}) == '{"code": {"accuracy": 1.0}}'
 
 
-def test_there_are_at_most_100_knobs():
-    assert len(settings(RunConfig())) <= 100
+def test_weights_are_read_as_a_list_a_preset_or_json(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("from r1mega.config import RunConfig\nconfig = RunConfig()\n")
+    rewards = load(
+        path, ["rewards.weights=accuracy:1,format:0.25", 'rewards.task_weights={"x": {"judge": 2}}']
+    ).rewards
+    assert rewards.weights == {"accuracy": 1.0, "format": 0.25}
+    assert rewards.task_weights == {"x": {"judge": 2.0}}
+    for name, weights in PRESETS.items():
+        assert load(path, [f"rewards.weights={name}"]).rewards.weights == weights
+    for wrong in ("accuracy", "accuracy:much", "accuracy:1:2"):
+        with pytest.raises(ConfigError, match=r"accuracy:1,format:1"):
+            load(path, [f"rewards.weights={wrong}"])
+    for wrong in ("[1]", "{", '{"x": 3}', '{"x": {"judge": "much"}}'):
+        with pytest.raises(ConfigError, match=r"a JSON object"):
+            load(path, [f"rewards.task_weights={wrong}"])
+
+
+def test_there_are_about_100_knobs():
+    assert len(settings(RunConfig())) <= 110

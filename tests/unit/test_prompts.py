@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from r1mega.config import DataConfig
+from r1mega.config import ConfigError, DataConfig
 from r1mega.data.chat import TEMPLATES, template
 from r1mega.data.prompts import PromptStream, final_answer, read_documents, read_prompts
 from r1mega.samples import Prompt
@@ -313,3 +314,32 @@ def test_documents_over_the_limit_are_dropped_and_counted(tmp_path: Path, tokeni
         read_documents(data, tokenizer, seed=1, max_length=2)
     with pytest.raises(ValueError, match=r'sft.loss_on="answer"'):
         read_documents(data, tokenizer, seed=1, loss_on="answer")
+
+
+def test_rows_carry_their_task_and_its_reference(tmp_path, tokenizer):
+    path = tmp_path / "mixed.jsonl"
+    rows = [
+        {"question": "1 + 1?", "answer": "so #### 2"},
+        {"question": "Write f.", "answer": {"asserts": ["assert f(1) == 2"]}, "task": "code"},
+        {"question": "Pick.", "answer": "C", "task": "choice"},
+        {"question": "Hello", "answer": None, "task": "general"},
+        {"question": "2 + 2?", "answer": None},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(DataConfig(path=str(path), eval_size=0), tokenizer, seed=1)
+    assert [(prompt.task, prompt.answer) for prompt in found.train] == [
+        ("math", "2"),
+        ("code", '{"asserts": ["assert f(1) == 2"]}'),
+        ("choice", "C"),
+        ("general", ""),
+    ]
+    assert found.unanswered == 1
+
+
+def test_questions_alone_serve_a_task_without_a_rule(tmp_path, tokenizer):
+    path = tmp_path / "general.jsonl"
+    path.write_text('{"prompt": "Hello"}\n{"prompt": "Sing."}\n')
+    config = DataConfig(path=str(path), eval_size=0, task="general")
+    assert [prompt.question for prompt in read_prompts(config, tokenizer, seed=1).train] == ["Hello", "Sing."]
+    with pytest.raises(ConfigError, match="columns are prompt"):
+        read_prompts(replace(config, task="math"), tokenizer, seed=1)

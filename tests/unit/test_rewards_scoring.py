@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
-from r1mega.config import RewardConfig
+from r1mega.config import PRESETS, ConfigError, JudgeConfig, RewardConfig
 from r1mega.rewards import scoring
-from r1mega.rewards.scoring import REWARDS, Scorer
+from r1mega.rewards.scoring import Scorer
+from r1mega.rewards.sums import check_sums
+from r1mega.rewards.terms import ACCURACY, REWARDS
 from r1mega.rewards.workers import WorkerError
 from r1mega.samples import Prompt, Rollout, ScoredRollout
 
@@ -31,7 +34,7 @@ async def stream(rollouts: list[Rollout]) -> AsyncIterator[Rollout]:
 
 def test_the_reward_is_the_weighted_sum_of_accuracy_and_format() -> None:
     async def scenario() -> None:
-        async with Scorer(RewardConfig(accuracy=1.0, format=0.25)) as scorer:
+        async with Scorer(RewardConfig(weights={"accuracy": 1.0, "format": 0.25})) as scorer:
             cases = [
                 (rollout(GOOD.format("7")), 1.25, "equal", "ok"),
                 (rollout(GOOD.format("8")), 0.25, "unequal", "ok"),
@@ -53,30 +56,78 @@ def test_the_reward_is_the_weighted_sum_of_accuracy_and_format() -> None:
             counts = scorer.verdict_counts()
             assert counts["accuracy"]["equal"] == 4
             assert sum(counts["format"].values()) == len(cases)
-            assert scorer.verdict_counts() == {"accuracy": {}, "format": {}}
+            assert scorer.verdict_counts() == {}
 
     asyncio.run(scenario())
 
 
 def test_a_term_of_weight_zero_is_still_measured() -> None:
     async def scenario() -> None:
-        async with Scorer(RewardConfig(format=0.0)) as scorer:
+        async with Scorer(RewardConfig(weights={"accuracy": 1.0, "format": 0.0})) as scorer:
             reward = await scorer.score(rollout(GOOD.format("7")))
             assert (reward.total, reward.terms["format"]) == (1.0, 1.0)
 
     asyncio.run(scenario())
 
 
-def test_every_weight_of_the_table_is_in_the_config() -> None:
-    for name in REWARDS:
-        assert hasattr(RewardConfig(), name)
+def test_each_task_has_its_own_sum() -> None:
+    rewards = RewardConfig(task_weights={"general": {"format": 2.0}})
+
+    async def scenario() -> None:
+        async with Scorer(rewards) as scorer:
+            ruled, general = [
+                await scorer.score(rollout(GOOD.format("7"), task=t)) for t in ("math", "general")
+            ]
+            assert (ruled.total, set(ruled.terms)) == (2.0, {"accuracy", "format"})
+            assert (general.total, general.terms, general.verdicts) == (
+                2.0,
+                {"format": 1.0},
+                {"format": "ok"},
+            )
+
+    asyncio.run(scenario())
+
+
+def complaint(tasks: set[str], rewards: RewardConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_sums(rewards, JudgeConfig(), tasks, terms=REWARDS, ruled=ACCURACY)
+    return str(caught.value)
+
+
+def test_a_sum_that_cannot_be_computed_is_refused_before_the_run() -> None:
+    check_sums(RewardConfig(), JudgeConfig(), {"math"}, terms=REWARDS, ruled=ACCURACY)
+    general = RewardConfig(task_weights={"general": {"format": 1.0}})
+    check_sums(general, JudgeConfig(), {"math", "general"}, terms=REWARDS, ruled=ACCURACY)
+    assert "did you mean accuracy" in complaint({"math"}, RewardConfig(weights={"accuracies": 1.0}))
+    assert "no rule knows the right answer of task 'chat'" in complaint({"math", "chat"}, RewardConfig())
+    helpful = RewardConfig(task_weights={"chat": {"helpful": 1.0}})
+    assert "needs rewards.helpful_model=" in complaint({"chat"}, helpful)
+    assert "needs judge.url=" in complaint({"chat"}, RewardConfig(weights={"judge": 1.0}))
+
+
+def test_a_model_that_rewards_reasoning_must_be_asked_for_by_name() -> None:
+    rewards = RewardConfig(weights={"accuracy": 1.0, "helpful": 0.5}, helpful_model="some/model")
+    assert "which a rule can verify" in complaint({"math"}, rewards)
+    named = replace(rewards, model_on_reasoning=True)
+    check_sums(named, JudgeConfig(), {"math"}, terms=REWARDS, ruled=ACCURACY)
+    measured = replace(rewards, weights={"accuracy": 1.0, "helpful": 0.0})
+    check_sums(measured, JudgeConfig(), {"math"}, terms=REWARDS, ruled=ACCURACY)
+
+
+def test_every_preset_has_known_terms_and_the_contradicted_ones_say_so() -> None:
+    for name, weights in PRESETS.items():
+        assert set(weights) <= set(REWARDS)
+        equal = len(set(weights.values())) == 1
+        assert name.startswith("contradicted_by_the_paper") != equal
 
 
 def test_an_unknown_task_is_refused_by_name() -> None:
     async def scenario() -> None:
         async with Scorer(RewardConfig()) as scorer:
-            with pytest.raises(ValueError, match="prompt p: task 'code' has no rule; known are math"):
-                await scorer.score(rollout("x", task="code"))
+            with pytest.raises(
+                ValueError, match="prompt p: task 'chat' has no rule; known are math, code, choice, logic"
+            ):
+                await scorer.score(rollout("x", task="chat"))
 
     asyncio.run(scenario())
 
@@ -151,8 +202,8 @@ def test_an_error_of_the_source_rises_from_the_stream() -> None:
             with pytest.raises(ConnectionError, match="the engine is gone"):
                 async for _ in scorer.score_stream(broken()):
                     pass
-            with pytest.raises(ValueError, match="task 'code'"):
-                async for _ in scorer.score_stream(stream([rollout("x", task="code")])):
+            with pytest.raises(ValueError, match="task 'chat'"):
+                async for _ in scorer.score_stream(stream([rollout("x", task="chat")])):
                     pass
 
     asyncio.run(scenario())
@@ -175,12 +226,57 @@ def test_a_scorer_that_mostly_faults_gives_up(monkeypatch: pytest.MonkeyPatch) -
 
     async def scenario() -> None:
         async with Scorer(RewardConfig(cpu_seconds=1000.0)) as scorer:
-            scorer._pool.wall_seconds = (
+            scorer.services.pool.wall_seconds = (
                 0.05  # so that endless work loses its worker without reaching the CPU limit
             )
             endless = rollout(GOOD.format("9^{9^{9^{9}}}"))
             assert (await scorer.score(endless)).verdicts["accuracy"] == "fault"
             with pytest.raises(WorkerError, match="2 of 2 answers could not be judged"):
                 await scorer.score(endless)
+
+    asyncio.run(scenario())
+
+
+def test_generation_ends_before_slow_scoring_does() -> None:
+    """What lets the reference model run while rewards are computed."""
+    release = asyncio.Event()
+
+    async def held(_: Rollout) -> tuple[float, str]:
+        await release.wait()
+        return 1.0, "ok"
+
+    async def scenario() -> None:
+        items = [rollout("x", index=i) for i in range(40)]
+        async with (
+            Scorer(RewardConfig(weights={"held": 1.0}), extra={"held": held}) as scorer,
+            scorer.begin(stream(items), in_flight=4) as scoring,
+        ):
+            assert list(await scoring.rollouts()) == items
+            assert scoring.spans == []
+            release.set()
+            scored = await scoring.scored()
+            assert [item.rollout for item in scored] == items
+            assert len(scoring.spans) == 40
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("wait_for", ["rollouts", "scored"])
+def test_a_failing_term_stops_a_step_at_once(wait_for: str) -> None:
+    async def failing(_: Rollout) -> tuple[float, str]:
+        raise ConnectionError("the judge is gone")
+
+    async def endless() -> AsyncIterator[Rollout]:
+        yield rollout("x")
+        await asyncio.sleep(1000)
+
+    async def scenario() -> None:
+        async with (
+            Scorer(RewardConfig(weights={"failing": 1.0}), extra={"failing": failing}) as scorer,
+            scorer.begin(endless()) as scoring,
+        ):
+            with pytest.raises(ConnectionError, match="the judge is gone"):
+                await getattr(scoring, wait_for)()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(scenario())

@@ -1,0 +1,232 @@
+"""Runs untrusted programs: Python and C++, with their input, limits and nothing else.
+
+Full isolation: a program lives in pid, mount, network, ipc, uts and user namespaces without a network, sees a read-only
+root without /proc, a private tmpfs, runs as a user of its own (where we are root), under rlimits, a seccomp
+filter that lists what is allowed, and a memory cgroup where the machine has a writable one. What the jail is made of is
+in jail/; this module is the interface. The paper says only that a compiler gives feedback on predefined test
+cases (R1, 2.2.2); what holds the programs is ours.
+
+The standard library of the base interpreter is visible to programs, site-packages are not.
+
+A machine that offers less than asked is refused with a ConfigError. isolation="process" names the weaker mode: a new
+process per program, with rlimits, no_new_privs and seccomp (no sockets, no exec, no further processes), as a user of its
+own where we are root, and with the file system closed where the kernel has Landlock. There disk space is not
+bounded, and C++ is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import marshal
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from queue import Empty, LifoQueue
+from typing import Self
+
+from r1mega.config import ConfigError
+from r1mega.rewards.jail import probe
+from r1mega.rewards.jail.messages import CHANNEL_FD
+from r1mega.rewards.jail.session import Limits, RunResult, Session
+from r1mega.rewards.jail.slot import Slot
+
+__all__ = ["CHANNEL_FD", "ISOLATIONS", "Limits", "RunResult", "Sandbox", "Session"]
+
+ISOLATIONS = ("full", "process")
+LANGUAGES = ("python", "c++")
+COMPILE_LIMITS = Limits(
+    cpu_seconds=30.0, memory_mib=1024, output_bytes=64 << 20, file_bytes=64 << 20, tmpfs_mib=128, inodes=200
+)
+KEPT_EXECUTABLES = 64
+"""Compiled programs that are remembered: one program is usually run on many tests."""
+CLOSE_SECONDS = 10.0
+NO_FILES: Mapping[str, bytes] = {}
+
+
+class Sandbox:
+    """`slots` programs at once; more callers wait. For use from any thread, event loop or Ray actor; a context manager.
+
+    ConfigError, in one line, if the machine does not offer the isolation. Not to be used in a fork of the process.
+    """
+
+    def __init__(self, *, slots: int = 2, isolation: str = "full") -> None:
+        if isolation not in ISOLATIONS:
+            raise ConfigError(f"rewards.isolation={isolation!r}: known are {', '.join(ISOLATIONS)}")
+        if slots < 1:
+            raise ConfigError(f"rewards.jails={slots}: at least one")
+        self._namespaces = isolation == "full"
+        self.slots = slots
+        """Programs at once."""
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._executables: dict[bytes, Future[bytes | RunResult]] = {}
+        self._spawner = ThreadPoolExecutor(1, "jail-spawner")
+        self._runners = ThreadPoolExecutor(slots, "jail-runner")
+        self._slots = [Slot(number, self._namespaces, self._spawner) for number in range(slots)]
+        self._idle: LifoQueue[Slot] = LifoQueue()
+        for slot in reversed(self._slots):
+            self._idle.put(slot)
+        try:
+            self._probe()
+        except BaseException:
+            self.close()
+            raise
+        self.isolation = self._slots[0].isolation()
+        """One line: what is in force."""
+
+    def run(
+        self,
+        source: str,
+        stdin: bytes = b"",
+        *,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        language: str = "python",
+        files: Mapping[str, bytes] = NO_FILES,
+    ) -> RunResult:
+        """Runs a program to its end. files: relative path -> content, written to its working directory beforehand.
+
+        A C++ program that does not compile "exited" with g++'s exit code and its words in stderr.
+        """
+        if language == "python":
+            return self._open("python", source, stdin, limits, files).finish()
+        if language != "c++":
+            raise ValueError(f"language {language!r}: known are {', '.join(LANGUAGES)}")
+        executable = self._compiled(source)
+        if isinstance(executable, RunResult):
+            return executable
+        return self._open("executable", "", stdin, limits, files, executable).finish()
+
+    async def run_async(
+        self,
+        source: str,
+        stdin: bytes = b"",
+        *,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        language: str = "python",
+        files: Mapping[str, bytes] = NO_FILES,
+    ) -> RunResult:
+        """`run` without blocking the event loop."""
+
+        def work() -> RunResult:
+            return self.run(source, stdin, limits=limits, language=language, files=files)
+
+        return await asyncio.get_running_loop().run_in_executor(self._runners, work)
+
+    def open(
+        self,
+        source: str,
+        stdin: bytes = b"",
+        *,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        files: Mapping[str, bytes] = NO_FILES,
+    ) -> Session:
+        """A Python program that speaks with us over descriptor CHANNEL_FD (3), a stream in both directions.
+
+        It reads and writes the channel with os.read and os.write. The session holds a slot until `finish` or `kill`.
+        """
+        return self._open("session", source, stdin, limits, files)
+
+    def server_pids(self) -> list[int]:
+        """Of the fork servers that run now, on the host."""
+        return [pid for slot in self._slots if (pid := slot.server_pid()) is not None]
+
+    def close(self) -> None:
+        """Ends every server and program. Runs in flight end as faults; later ones raise RuntimeError."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        idle = []
+        with contextlib.suppress(Empty):
+            while True:
+                idle.append(self._idle.get_nowait())
+        for slot in set(self._slots) - set(idle):
+            slot.abort()
+        with contextlib.suppress(Empty):
+            while len(idle) < self.slots:
+                idle.append(self._idle.get(timeout=CLOSE_SECONDS))
+        for slot in self._slots:
+            slot.close()
+            self._idle.put(slot)  # for those who still wait, to be told
+        self._runners.shutdown(cancel_futures=True)
+        self._spawner.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(
+        self,
+        kind: str,
+        source: str,
+        stdin: bytes,
+        limits: Limits,
+        files: Mapping[str, bytes],
+        executable: bytes | None = None,
+    ) -> Session:
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"this sandbox belongs to process {self._pid}, of which this one is a fork")
+        payload = marshal.dumps((source, {name: bytes(content) for name, content in files.items()}))
+        slot = self._idle.get()
+        try:
+            if self._closed:
+                raise RuntimeError("the sandbox is closed")
+            return Session(slot, kind, payload, stdin, limits, executable, self._idle.put)
+        except BaseException:
+            self._idle.put(slot)
+            raise
+
+    def _compiled(self, source: str) -> bytes | RunResult:
+        """The executable, or how the compilation failed; compiled once by whoever comes first."""
+        if not self._namespaces:
+            raise ConfigError(
+                'C++ needs rewards.isolation="full": without namespaces a compiler reads every file'
+            )
+        if shutil.which("g++", path="/usr/bin") is None:
+            raise ConfigError(
+                "C++ programs need /usr/bin/g++: install the package g++ (gcc-c++ on Red Hat systems)"
+            )
+        key = hashlib.sha256(source.encode(errors="replace")).digest()
+        with self._lock:
+            future = self._executables.get(key)
+            if future is None:
+                mine: Future[bytes | RunResult] = Future()
+                self._executables[key] = mine
+                if len(self._executables) > KEPT_EXECUTABLES:
+                    del self._executables[next(iter(self._executables))]
+        if future is not None:
+            return future.result()
+        try:
+            result = self._open("compile", source, b"", COMPILE_LIMITS, NO_FILES).finish()
+        except BaseException as error:
+            self._forget(key)
+            mine.set_exception(error)
+            raise
+        good = result.outcome == "exited" and result.exit_code == 0
+        if result.outcome == "fault":
+            self._forget(key)
+        mine.set_result(result.stdout if good else replace(result, stdout=b""))
+        return mine.result()
+
+    def _forget(self, key: bytes) -> None:
+        with self._lock:
+            self._executables.pop(key, None)
+
+    def _probe(self) -> None:
+        result = self.run(probe.PROGRAM)
+        if result.outcome != "exited" or result.exit_code != 0:
+            words = result.stderr.decode(errors="replace").strip().splitlines()
+            raise ConfigError(
+                f"jails do not work here: {result.outcome}, {words[-1] if words else result.exit_code}"
+            )
+        missing = probe.missing(result.stdout, namespaces=self._namespaces)
+        if missing:
+            raise ConfigError(f"jails do not hold here: not in force: {', '.join(missing)}")
