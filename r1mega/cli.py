@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parts",
         default="",
         metavar="A,B",
-        help="rewards: only these (math, jail, code, text, judge, overlap)",
+        help="rewards: only these (math, jail, code, text, judge, suites, training, overlap)",
     )
     bench.add_argument("--shared", metavar="DIR", help="rewards: folder whose data/ has the labelled sets")
     bench.set_defaults(command=_bench)

@@ -190,9 +190,11 @@ class RewardConfig:
     """Let a reward model score tasks that a rule can verify; the paper saw it hacked and did not (R1, 2.2)."""
     workers: int = 2
     """Killable scoring processes."""
-    cpu_seconds: float = 5.0
+    cpu_seconds: float = 2.0
     """CPU-time limit of one answer comparison; over it the verdict is "timeout"."""
     memory_mib: int = 2048
+    last_number: bool = False
+    """Without a marked answer, take the last number of the summary for it."""
     jails: int = 4
     """Programs that run at once in jails; a program with assert tests takes two."""
     isolation: str = "full"

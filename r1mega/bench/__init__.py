@@ -45,7 +45,7 @@ def run(
         if name == "step":
             results[name] = _step(responses)
         else:
-            results[name] = _rewards(parts, shared) if name == "rewards" else _kernel(name)
+            results[name] = _rewards(parts, shared, json_path) if name == "rewards" else _kernel(name)
         if json_path:
             write_json(Path(json_path), results)
 
@@ -57,10 +57,11 @@ def _step(responses: str) -> dict[str, Any]:
     return {kind: step.run(kind) for kind in kinds}
 
 
-def _rewards(parts: Sequence[str], shared: str | None) -> dict[str, Any]:
+def _rewards(parts: Sequence[str], shared: str | None, json_path: str | None) -> dict[str, Any]:
+    """With --json FILE.json the trace of the part "overlap" is FILE.trace.json."""
     from r1mega.bench import rewards
 
-    return rewards.run(parts, shared)
+    return rewards.run(parts, shared, Path(json_path).with_suffix(".trace.json") if json_path else None)
 
 
 def _kernel(name: str) -> Any:

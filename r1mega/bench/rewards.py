@@ -12,7 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r1mega.bench import reward_code, reward_judge, reward_math, reward_overlap, reward_sandbox, reward_text
+from r1mega.bench import (
+    reward_code,
+    reward_judge,
+    reward_math,
+    reward_overlap,
+    reward_sandbox,
+    reward_suites,
+    reward_text,
+    reward_training,
+)
 from r1mega.bench.reward_rows import Row
 from r1mega.config import ConfigError
 
@@ -24,13 +33,18 @@ PARTS: dict[str, Measure] = {
     "code": reward_code.measure,
     "text": reward_text.measure,
     "judge": reward_judge.measure,
+    "suites": reward_suites.measure,
+    "training": reward_training.measure,
     "overlap": reward_overlap.measure,
 }
-"""In the order of the table; overlap starts a whole training run and comes last."""
+"""In the order of the table. The last three take minutes each."""
 
 
-def run(parts: Sequence[str] = (), shared: str | None = None) -> dict[str, Any]:
-    """Measure the parts (all without any), print each table as it is ready, return the numbers."""
+def run(parts: Sequence[str] = (), shared: str | None = None, trace: Path | None = None) -> dict[str, Any]:
+    """Measure the parts (all without any), print each table as it is ready, return the numbers.
+
+    trace: where to keep the Chrome trace of a step with a slow reward, if the part "overlap" runs.
+    """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ConfigError(f"--parts {','.join(parts)}: {unknown[0]!r} is none of {', '.join(PARTS)}")
@@ -41,7 +55,7 @@ def run(parts: Sequence[str] = (), shared: str | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for part in parts or PARTS:
         began = time.monotonic()
-        rows = PARTS[part](found)
+        rows = reward_overlap.measure(trace=trace) if part == "overlap" else PARTS[part](found)
         print(table(part, rows, time.monotonic() - began), flush=True)
         results[part] = [asdict(row) for row in rows]
     return results

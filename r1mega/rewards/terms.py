@@ -69,7 +69,7 @@ def math_rule(services: Services) -> RewardTerm:
     """
 
     async def compared(rollout: Rollout) -> tuple[float, str]:
-        answer = extract_answer(rollout.response_text)
+        answer = extract_answer(rollout.response_text, last_number=services.rewards.last_number)
         if answer is None:
             return 0.0, "missing"
         verdict = quick_compare(rollout.prompt.answer, answer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import WholeRun, metrics_of, partial_files, r1mega, started, whole_run, write_jsonl
+from commands import WholeRun, metrics_of, partial_files, r1mega, started, sums, whole_run, write_jsonl
 
 pytestmark = pytest.mark.end_to_end
 
@@ -126,3 +127,61 @@ def test_a_safety_model_trains_from_a_file_of_labels(tmp_path: Path) -> None:
     assert card == {"objective": "pointwise", "reads": "response", "template": "tiny_zero"}
     results = json.loads((directory / "results.json").read_text())
     assert 0.5 <= results["chance"] < 0.7
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs the package bubblewrap")
+def test_reinforcement_learning_routes_each_task_to_its_own_rewards(
+    helpful: WholeRun, sft_run: WholeRun, tmp_path: Path
+) -> None:
+    """Math by rule, code in jails, chat by the reward model, in one run."""
+    tests = {"stdin": ["1\n"], "stdout": ["1\n"]}
+    rows: list[dict[str, Any]] = [{"question": "Say hello", "answer": None, "task": "chat"} for _ in range(4)]
+    rows += [{"question": "Print it", "answer": tests, "task": "code"} for _ in range(4)]
+    data = write_jsonl(tmp_path / "mixed.jsonl", rows + sums()[:8])
+    directory = tmp_path / "run"
+    changes = (
+        "num_steps=2", "parallel.data=1", "rollout.engines=1", "grpo.group_size=4", "grpo.questions_per_step=6",
+        "rollout.max_tokens=24", "data.eval_size=4", "optimizer.warmup_steps=0", "data.max_prompt_tokens=32",
+        "rewards.cpu_seconds=0.2",
+        f"rewards.helpful_model={helpful.directory / 'hf'}", "eval.every=1",
+        'rewards.task_weights={"chat": {"helpful": 1.0, "format": 0.5}}',
+    )  # fmt: skip
+    finished = r1mega(
+        "run", "configs/tiny/r1_zero.py", f"model={sft_run.directory / 'hf'}", f"data={data}", f"dir={directory}",
+        *changes, scratch=tmp_path,
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    assert "starting the helpful reward model" in finished.out
+    lines = metrics_of(directory)
+    assert all(0 <= line["helpful"] <= 1 and "eval/sampled" in line for line in lines)
+    counts = {
+        name: sum(line.get(name, 0) for line in lines)
+        for line in lines
+        for name in line
+        if "verdict/" in name
+    }
+    judged = sum(count for name, count in counts.items() if name.startswith("verdict/helpful:"))
+    ruled = sum(count for name, count in counts.items() if name.startswith("verdict/accuracy:"))
+    assert judged > 0
+    assert judged + ruled == 2 * 24, "every output has exactly one of the two"
+    assert any(name in counts for name in ("verdict/accuracy:no_code", "verdict/accuracy:truncated"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("rewards.weights=accuracy:1,helpful:1", "the term 'helpful' needs rewards.helpful_model="),
+        ("data.task=logic", "(task logic)"),
+    ],
+)
+def test_a_sum_that_cannot_be_computed_is_one_line(
+    sft_run: WholeRun, tmp_path: Path, change: str, words: str
+) -> None:
+    data = write_jsonl(tmp_path / "sums.jsonl", [row | {"answer": "{[("} for row in sums()[:20]])
+    finished = r1mega(
+        "run", "configs/tiny/r1_zero.py", f"model={sft_run.directory / 'hf'}", f"data={data}",
+        f"dir={tmp_path / 'run'}", "data.eval_size=4", change, scratch=tmp_path,
+    )  # fmt: skip
+    assert finished.code == 2
+    assert words in finished.err
+    assert finished.err.count("\n") == 1
