@@ -12,7 +12,9 @@ LANGUAGES: dict[str, tuple[str, ...]] = {
 }
 """Language -> the words after ``` that mean it, in lower case."""
 
-_FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)$", re.MULTILINE)
+_OPENING = re.compile(r"^[ \t]*+(?P<fence>`{3,}+|~{3,}+)(?P<info>[^`\n]*+)$", re.MULTILINE)
+_CLOSING = re.compile(r"^[ \t]*+(?P<fence>`{3,}+|~{3,}+)[ \t\r]*+$", re.MULTILINE)
+"""Possessive: a model writes what these read, and they may not try one line in several ways."""
 
 
 def extract_code(response: str, language: str = "python") -> str | None:
@@ -33,9 +35,12 @@ def extract_code(response: str, language: str = "python") -> str | None:
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(first word after the fence in lower case, content) of each closed block, in order; a nested fence is content."""
+    """(first word after the fence in lower case, content) of each closed block, in order; a nested fence is content.
+
+    A block that is never closed ends the search, so that no line is read twice.
+    """
     blocks, position = [], 0
-    while opening := _FENCE.search(text, position):
+    while opening := _OPENING.search(text, position):
         closing = _closing(text, opening["fence"], opening.end())
         if closing is None:
             break
@@ -47,6 +52,5 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
 
 def _closing(text: str, fence: str, start: int) -> re.Match[str] | None:
     """The next line of at least as many of the same characters, and nothing else."""
-    return re.compile(rf"^[ \t]*{re.escape(fence[0])}{{{len(fence)},}}[ \t\r]*$", re.MULTILINE).search(
-        text, start
-    )
+    lines = _CLOSING.finditer(text, start)
+    return next((line for line in lines if line["fence"].startswith(fence)), None)

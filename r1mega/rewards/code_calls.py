@@ -2,8 +2,9 @@
 
 The tests call stand-ins. Each call travels to the host, which gives it an unguessable id of its own and passes it to
 the candidate's jail; the answer must repeat that id, once, and goes back to the tests as bytes that only the tester's
-strict decoder reads (jailed/plain_data.py). The host itself never decodes what a candidate wrote, and the candidate
-never sees the tests, the expected values or the channel on which the verdict comes.
+strict decoder reads (jailed/plain_data.py). The host itself never makes values of what a candidate wrote, only a
+label of its first answer, and the candidate never sees the tests, the expected values or the channel on which the
+verdict comes.
 
 Changes that a candidate makes to its arguments are written back only for calls whose result the tests throw away
 (`sort_in_place(a)`); otherwise it could empty a list from which the tests compute what they expect.
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 import ast
 import base64
+import json
 import marshal
 import secrets
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from r1mega.rewards.code_asserts import Instrumented, instrument
 from r1mega.rewards.code_spec import AssertTests
@@ -30,8 +31,11 @@ from r1mega.rewards.sandbox import RunResult, Session
 CHANNEL_FD = 3
 RECEIVE_BYTES = 1 << 18
 MAX_FRAME_BYTES = MAX_BYTES + 4096
+DETAIL_CHARACTERS = 800
 FOREVER = float("inf")
 """A session ends its program at the limits by itself, so no wait needs a deadline of ours."""
+FIRST_ANSWER_BYTES = 64 << 10
+"""Of an answer to "load"; an honest one is far shorter."""
 BROKEN_TEST = {"NameError", "ImportError", "ModuleNotFoundError", "SyntaxError", "UnfitArgumentError"}
 """Errors of a test's own expression that say that the test is broken, not the answer."""
 
@@ -117,12 +121,16 @@ def run_asserts(pair: Pair, code: str, tests: AssertTests, *, first_only: bool) 
     nonce = secrets.token_hex(16)
     names, classes = list(tests.entry_points), list(tests.classes)
     try:
-        calls.ask(encode(["load", tests.preamble, code, names, classes]))
-        _send_tests(
-            tester,
-            pair,
-            encode(["test", nonce, tests.setup, instrumented.source, names, classes, first_only]),
-        )
+        message = encode(["test", nonce, tests.setup, instrumented.source, names, classes, first_only])
+    except PlainDataError as error:
+        return CodeVerdict("unparsable_tests", 0, len(instrumented.sites), f"the tests are too long: {error}")
+    try:
+        load = encode(["load", tests.preamble, code, names, classes])
+    except PlainDataError as error:
+        return CodeVerdict("compile_error", 0, len(instrumented.sites), f"the program is too long: {error}")
+    try:
+        calls.ask(load)
+        _send_tests(tester, pair, message)
         failed = _load_failure(calls.answer(), len(instrumented.sites))
         if failed is not None:
             return failed
@@ -168,20 +176,41 @@ def _relay(calls: Calls, tester: Frames, pair: Pair) -> bytes:
 
 def _load_failure(reply: bytes, total: int) -> CodeVerdict | None:
     """None when the candidate's code ran and defined what is tested. The reply is the candidate's: only a label."""
-    try:
-        outcome, *rest = decode(reply)
-    except (PlainDataError, ValueError, TypeError):
-        return CodeVerdict("runtime_error", 0, total, "forged answer to the first request")
+    outcome, *words = _first_answer(reply)
     if outcome == "ok":
         return None
     if outcome == "compile":
-        return CodeVerdict("compile_error", 0, total, str(rest[0])[:500] if rest else "")
-    kind = "memory" if rest and "MemoryError" in _texts(rest[0]) else "runtime_error"
-    return CodeVerdict(kind, 0, total, f"while loading: {rest}"[:500])
+        return CodeVerdict("compile_error", 0, total, _printable(words[0]))
+    if outcome == "raise":
+        kind = "memory" if "MemoryError" in words[:-1] else "runtime_error"
+        return CodeVerdict(kind, 0, total, _printable(f"while loading: {words}"))
+    return CodeVerdict("runtime_error", 0, total, "forged answer to the first request")
 
 
-def _texts(values: Any) -> list[Any]:
-    return values if isinstance(values, list) else []
+def _first_answer(reply: bytes) -> list[str]:
+    """["ok"], ["compile", message], ["raise", base, ..., message], or ["forged"].
+
+    Never `decode`: a few bytes of it may stand for ten thousand million numbers, or for an hour of arithmetic.
+    """
+    if len(reply) > FIRST_ANSWER_BYTES:
+        return ["forged"]
+    try:
+        tree = json.loads(reply)
+    except (ValueError, RecursionError):
+        return ["forged"]
+    match tree:
+        case ["list", "ok", None]:
+            return ["ok"]
+        case ["list", "compile", str(message)]:
+            return ["compile", message]
+        case ["list", "raise", ["list", *bases], str(message)]:
+            return ["raise", *(base for base in bases if isinstance(base, str)), message]
+    return ["forged"]
+
+
+def _printable(words: str) -> str:
+    """Shortened, and without lone surrogates, which no log file takes."""
+    return words[:DETAIL_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _candidate_ended(result: RunResult, total: int) -> CodeVerdict:
@@ -226,7 +255,8 @@ def _judge(report: bytes, nonce: str, instrumented: Instrumented, answered: int)
         return CodeVerdict("passed", passed, total)
     number, kind, name, message = first
     where = instrumented.sites[number].line if number >= 0 else "outside of the checks"
-    return CodeVerdict(_failure(kind, name, answered), passed, total, f"{where}: {name}: {message}"[:800])
+    detail = _printable(f"{where}: {name}: {message}")
+    return CodeVerdict(_failure(kind, name, answered), passed, total, detail)
 
 
 def _failure(kind: str, name: str, answered: int) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 from r1mega.config import ConfigError
 from r1mega.rewards.code_answer import LANGUAGES
+from r1mega.rewards.jailed.plain_data import MAX_BYTES
 
 CACHED_TESTS = 256
 """Parsed specifications that are kept: a group's candidates share one."""
@@ -62,8 +63,36 @@ def parse_tests(text: str) -> StdinTests | AssertTests:
             unknown = sorted(set(fields) - known)
             if unknown:
                 raise ConfigError(f"tests of a program: {unknown[0]!r} is not known beside {key!r}")
-            return parse(fields)
+            return _fit(_parsed(parse, fields))
     raise ConfigError(f"tests of a program: none of {', '.join(_FORMS)} in {sorted(fields)}")
+
+
+def _parsed(parse: Any, fields: Mapping[str, Any]) -> StdinTests | AssertTests:
+    try:
+        tests: StdinTests | AssertTests = parse(fields)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"tests of a program: they cannot be compiled ({error})") from None
+    return tests
+
+
+def _fit(tests: StdinTests | AssertTests) -> StdinTests | AssertTests:
+    """ConfigError for what cannot be sent to a jail: text that is no UTF-8, or too much of it."""
+    if isinstance(tests, StdinTests):
+        texts = [text for case in tests.cases for text in case]
+    else:
+        texts = [tests.setup, tests.preamble, tests.test]
+        size = sum(len(json.dumps(text)) for text in texts)
+        if size > MAX_BYTES:
+            raise ConfigError(f"tests of a program: {size} bytes of code; make it {MAX_BYTES} or less")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            bad = text[error.start]
+            raise ConfigError(
+                f"tests of a program: {bad!r} after {text[: error.start][-30:]!r} is no UTF-8; remove it"
+            ) from None
+    return tests
 
 
 def _stdin_tests(fields: Mapping[str, Any], inputs: str = "stdin", outputs: str = "stdout") -> StdinTests:
@@ -81,7 +110,11 @@ def _assert_tests(fields: Mapping[str, Any]) -> AssertTests:
     _python_only(fields)
     test = "\n".join(_texts(fields, "asserts")) if "asserts" in fields else _text(fields, "test")
     setup, preamble = _text(fields, "setup", ""), _text(fields, "preamble", "")
-    for name, source in (("asserts" if "asserts" in fields else "test", test), ("setup", setup)):
+    for name, source in (
+        ("asserts" if "asserts" in fields else "test", test),
+        ("setup", setup),
+        ("preamble", preamble),
+    ):
         _check_syntax(name, source)
     classes = _names(fields, "classes")
     free = free_names(setup + "\n" + test)
@@ -111,7 +144,9 @@ def _call_tests(fields: Mapping[str, Any]) -> StdinTests | AssertTests:
         f"assert _same({function}(*{_arguments(value)!r}), {output!r}, {wrapped})"
         for value, output in zip(fields["inputs"], expected, strict=True)
     ]
-    return AssertTests("\n".join(lines), (function,), _SAME, _text(fields, "preamble", ""))
+    preamble = _text(fields, "preamble", "")
+    _check_syntax("preamble", preamble)
+    return AssertTests("\n".join(lines), (function,), _SAME, preamble)
 
 
 _SAME = """
@@ -161,7 +196,7 @@ def _same_length(fields: Mapping[str, Any], inputs: str, outputs: str) -> bool:
 
 def _names(fields: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = fields.get(key, [])
-    names = tuple([values] if isinstance(values, str) else values)
+    names = tuple(values) if isinstance(values, list) else (values,)
     for name in names:
         if not (isinstance(name, str) and name.isidentifier()):
             raise ConfigError(f"tests of a program: {key} {name!r} is no name")

@@ -10,7 +10,7 @@ A fault of the machine is tried again once and then has its own verdict; it is n
 from __future__ import annotations
 
 import asyncio
-import threading
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -43,8 +43,6 @@ class CodeTests:
         self.sandbox = sandbox
         self.limits = limits or Limits()
         self.run_all = run_all
-        self._opening = threading.Lock()
-        """Held while a pair is opened: two half pairs would wait for each other for ever."""
         self._threads = ThreadPoolExecutor(slots, thread_name_prefix="code-tests")
 
     def check_response(self, response: str, tests: str) -> CodeVerdict:
@@ -80,8 +78,11 @@ class CodeTests:
         )
 
     def close(self) -> None:
-        """Waits for the checks under way; the sandbox stays open."""
-        self._threads.shutdown()
+        """Cancels the checks that have not begun and waits for those under way; the sandbox stays open.
+
+        Those end at once where the sandbox was closed before.
+        """
+        self._threads.shutdown(cancel_futures=True)
 
     # ------------------------------------------------------------ standard input and output
 
@@ -115,31 +116,23 @@ class CodeTests:
 
     def _check_asserts(self, code: str, tests: AssertTests) -> CodeVerdict:
         for _ in range(ATTEMPTS):
-            pair = self._open_pair()
-            try:
-                verdict = run_asserts(pair, code, tests, first_only=not self.run_all)
-            finally:
-                pair.tester.kill()
-                pair.candidate.kill()
+            programs = jailed_program("candidate"), jailed_program("tester")
+            candidate, tester = self.sandbox.open_pair(*programs, limits=self.limits)
+            with candidate, tester:
+                verdict = run_asserts(Pair(candidate, tester), code, tests, first_only=not self.run_all)
             if verdict.verdict != "sandbox_fault":
                 break
         return verdict
-
-    def _open_pair(self) -> Pair:
-        with self._opening:
-            candidate = self.sandbox.open(jailed_program("candidate"), limits=self.limits)
-            try:
-                return Pair(candidate, self.sandbox.open(jailed_program("tester"), limits=self.limits))
-            except BaseException:
-                candidate.kill()
-                raise
 
 
 def _count(tests: StdinTests | AssertTests) -> int:
     """How many tests there are. ConfigError where there is none."""
     if isinstance(tests, StdinTests):
         return len(tests.cases)
-    sites = instrument(tests.test).sites
+    try:
+        sites = instrument(tests.test).sites
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"tests of a program: no report can be put beside each check ({error})") from None
     if not sites:
         raise ConfigError("tests of a program: they contain no assert")
     return len(sites)
@@ -172,16 +165,18 @@ def same_output(printed: str, expected: str, tolerance: float | None = None) -> 
 
     With a tolerance, tokens: equal as text, or as finite numbers within it (absolutely, or relatively to the expected).
     """
-    if _lines(printed) == _lines(expected):
+    printed, expected = printed.rstrip(), expected.rstrip()
+    if printed.count("\n") == expected.count("\n") and _lines(printed) == _lines(expected):
         return True
     if tolerance is None:
         return False
-    tokens, wanted = printed.split(), expected.split()
+    wanted = expected.split()
+    tokens = printed.split(maxsplit=len(wanted))
     return len(tokens) == len(wanted) and all(map(_close, tokens, wanted, [tolerance] * len(wanted)))
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
+    return [line.rstrip() for line in text.split("\n")]
 
 
 def _close(token: str, wanted: str, tolerance: float) -> bool:
@@ -191,4 +186,5 @@ def _close(token: str, wanted: str, tolerance: float) -> bool:
         value, target = float(token), float(wanted)
     except ValueError:
         return False
-    return abs(value - target) <= tolerance * max(1.0, abs(target))
+    finite = math.isfinite(value) and math.isfinite(target)
+    return finite and abs(value - target) <= tolerance * max(1.0, abs(target))

@@ -102,6 +102,11 @@ class Nursery:
         except ProcessLookupError:
             return message["forked"], None
 
+    @property
+    def unanswered(self) -> int:
+        """Requests under way."""
+        return len(self._unanswered)
+
     def silent_for(self) -> float:
         """Seconds since the oldest request that it has not answered."""
         return time.monotonic() - self._unanswered[0] if self._unanswered else 0.0

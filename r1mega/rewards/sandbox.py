@@ -11,7 +11,11 @@ The standard library of the base interpreter is visible to programs, site-packag
 A machine that offers less than asked is refused with a ConfigError. isolation="process" names the weaker mode: a new
 process per program, with rlimits, no_new_privs and seccomp (no sockets, no exec, no further processes), as a user of its
 own where we are root, and with the file system closed where the kernel has Landlock. There disk space is not
-bounded, and C++ is refused.
+bounded, programs cannot change modes and times of files, and C++ is refused.
+
+Without a cgroup, processes map no shared memory (which would be in nobody's account), each is bounded by RLIMIT_AS, and
+all together by what /proc says every 50 ms: for that long they may hold more than the limit. CPU time of children that
+end within those 50 ms and that nobody waits for is then not counted; the wall-clock limit bounds it.
 """
 
 from __future__ import annotations
@@ -65,6 +69,7 @@ class Sandbox:
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
+        self._pairs = threading.Lock()
         self._executables: dict[bytes, Future[bytes | RunResult]] = {}
         self._spawner = ThreadPoolExecutor(1, "jail-spawner")
         self._runners = ThreadPoolExecutor(slots, "jail-runner")
@@ -132,6 +137,38 @@ class Sandbox:
         """
         return self._open("session", source, stdin, limits, files)
 
+    def open_pair(
+        self,
+        first_source: str,
+        second_source: str,
+        *,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+    ) -> tuple[Session, Session]:
+        """Two sessions at once, as of `open`. ValueError in a sandbox of one slot.
+
+        One pair at a time takes its slots, both before the next may take one: threads that each hold half a pair and
+        wait for the other half cannot be.
+        """
+        if self.slots < 2:
+            raise ValueError(f"rewards.jails={self.slots}: a pair of sessions needs at least 2")
+        with self._pairs:
+            one = self._take()
+            try:
+                two = self._take()
+            except BaseException:
+                self._idle.put(one)
+                raise
+        try:
+            first = self._session(one, "session", first_source, b"", limits, NO_FILES)
+        except BaseException:
+            self._idle.put(two)
+            raise
+        try:
+            return first, self._session(two, "session", second_source, b"", limits, NO_FILES)
+        except BaseException:
+            first.kill()
+            raise
+
     def server_pids(self) -> list[int]:
         """Of the fork servers that run now, on the host."""
         return [pid for slot in self._slots if (pid := slot.server_pid()) is not None]
@@ -147,15 +184,16 @@ class Sandbox:
             while True:
                 idle.append(self._idle.get_nowait())
         for slot in set(self._slots) - set(idle):
-            slot.abort()
+            slot.end()
         with contextlib.suppress(Empty):
             while len(idle) < self.slots:
                 idle.append(self._idle.get(timeout=CLOSE_SECONDS))
-        for slot in self._slots:
-            slot.close()
-            self._idle.put(slot)  # for those who still wait, to be told
-        self._runners.shutdown(cancel_futures=True)
-        self._spawner.shutdown()
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self._spawner.shutdown)
+            at_end.callback(self._runners.shutdown, cancel_futures=True)
+            for slot in self._slots:
+                at_end.callback(self._idle.put, slot)  # for those who still wait, to be told
+                at_end.callback(slot.close)
 
     def __enter__(self) -> Self:
         return self
@@ -172,13 +210,31 @@ class Sandbox:
         files: Mapping[str, bytes],
         executable: bytes | None = None,
     ) -> Session:
+        return self._session(self._take(), kind, source, stdin, limits, files, executable)
+
+    def _take(self) -> Slot:
+        """An idle slot, once there is one."""
         if os.getpid() != self._pid:
             raise RuntimeError(f"this sandbox belongs to process {self._pid}, of which this one is a fork")
-        payload = marshal.dumps((source, {name: bytes(content) for name, content in files.items()}))
         slot = self._idle.get()
+        if self._closed:
+            self._idle.put(slot)
+            raise RuntimeError("the sandbox is closed")
+        return slot
+
+    def _session(
+        self,
+        slot: Slot,
+        kind: str,
+        source: str,
+        stdin: bytes,
+        limits: Limits,
+        files: Mapping[str, bytes],
+        executable: bytes | None = None,
+    ) -> Session:
+        """A program in this slot, which comes back when it has ended or does not start."""
         try:
-            if self._closed:
-                raise RuntimeError("the sandbox is closed")
+            payload = marshal.dumps((source, {name: bytes(content) for name, content in files.items()}))
             return Session(slot, kind, payload, stdin, limits, executable, self._idle.put)
         except BaseException:
             self._idle.put(slot)

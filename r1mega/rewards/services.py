@@ -38,11 +38,11 @@ class Services:
     def code(self) -> CodeTests:
         """Raises ConfigError where the machine cannot isolate as `rewards.isolation` asks."""
         limits = Limits(cpu_seconds=self.rewards.code_seconds, memory_mib=self.rewards.code_memory_mib)
-        sandbox = self._owned.enter_context(
-            Sandbox(slots=self.rewards.jails, isolation=self.rewards.isolation)
-        )
+        sandbox = Sandbox(slots=self.rewards.jails, isolation=self.rewards.isolation)
+        self._owned.callback(sandbox.close)
         tests = CodeTests(sandbox, limits)
         self._owned.callback(tests.close)
+        self._owned.callback(sandbox.close)  # first of the three: checks under way end at once
         return tests
 
     @cached_property

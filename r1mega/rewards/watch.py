@@ -21,10 +21,10 @@ def reward_hacking(rows: Sequence[Mapping[str, Any]], terms: Sequence[str], held
     """What is wrong, in one line; None while nothing is.
 
     rows: one per step, as metrics.jsonl has them, with the means of `terms` (those a model computes) and, on
-    steps with an evaluation, "eval/sampled": the rule score on `heldout` held-out problems.
+    steps with an evaluation, "eval/sampled": the rule score on `heldout` held-out problems that a rule can judge.
     """
     evaluations = [(row["step"], row["eval/sampled"]) for row in rows if row.get("eval/sampled") is not None]
-    if len(evaluations) < 2:
+    if len(evaluations) < 2 or not heldout:
         return None
     best_step, best = max(evaluations, key=lambda entry: entry[1])
     now_step, now = evaluations[-1]

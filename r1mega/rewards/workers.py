@@ -11,6 +11,7 @@ any event loop. Workers are forked by a nursery (nursery.py) and die with it, it
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ MAX_FAILED_STARTS = 3
 MAX_REQUEST_BYTES = 64 << 10
 """Fits a socket's buffer, so that sending never blocks."""
 MAX_ATTEMPTS = 2
+MAX_FORKS_AT_ONCE = 16
+"""Requests to the nursery that it has not answered; its socket holds them."""
 
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,8 @@ class Job:
 @dataclass
 class Worker:
     connection: socket.socket
+    tag: int
+    """Names it to the nursery; never used again."""
     child: Child | None = None
     """None until the nursery has answered."""
     job: Job | None = None
@@ -96,10 +101,11 @@ class WorkerPool:
         """CPU seconds of the tasks that were answered."""
         self._jobs: deque[Job] = deque()
         self._workers: list[Worker] = []
+        self._tags = itertools.count()
         self._nursery: Nursery | None = None
         self._failed_starts = 0
         self._failure: WorkerError | None = None
-        self._closing = False
+        self._closing = self._closed = False
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
@@ -110,7 +116,7 @@ class WorkerPool:
         """Starts the nursery and returns at once; it warms up (about two seconds) in the background."""
         with self._lock:
             if self._closing:
-                raise RuntimeError("the worker pool is closed")
+                raise self._failure or RuntimeError("the worker pool is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="reward-workers", daemon=True)
                 self._thread.start()
@@ -121,7 +127,7 @@ class WorkerPool:
         job = Job(task, args)
         with self._lock:
             if self._closing:
-                raise RuntimeError("the worker pool is closed")
+                raise self._failure or RuntimeError("the worker pool is closed")
             self._jobs.append(job)
         self._wake()
         return job.future
@@ -142,9 +148,9 @@ class WorkerPool:
     def close(self) -> None:
         """Kills the workers; unfinished tasks are cancelled."""
         with self._lock:
-            if self._closing:
+            if self._closed:
                 return
-            self._closing = True
+            self._closed = self._closing = True
             thread = self._thread
         self._wake()
         if thread is not None:
@@ -192,16 +198,21 @@ class WorkerPool:
         if self._nursery is None:
             self._nursery = Nursery(self.memory_mib)
             self._selector.register(self._nursery.connection, selectors.EVENT_READ, self._nursery)
-        while self._nursery is not None and self._nursery.ready and len(self._workers) < self.size:
+        while (
+            self._nursery is not None
+            and self._nursery.ready
+            and self._nursery.unanswered < MAX_FORKS_AT_ONCE
+            and len(self._workers) < self.size
+        ):
             self._hire(self._nursery)
 
     def _hire(self, nursery: Nursery) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        worker = Worker(ours)
+        worker = Worker(ours, next(self._tags))
         with theirs:
             try:
-                nursery.fork(theirs, id(worker))
+                nursery.fork(theirs, worker.tag)
             except OSError:
                 ours.close()
                 self._lose_nursery()
@@ -220,7 +231,7 @@ class WorkerPool:
             self._failed_starts = 0
             return
         tag, child = news
-        worker = next((w for w in self._workers if id(w) == tag), None)
+        worker = next((w for w in self._workers if w.tag == tag), None)
         if worker is not None:
             worker.child = child
         if child is None:
@@ -369,7 +380,7 @@ class WorkerPool:
 
     def _end(self, job: Job) -> None:
         if not job.future.done():
-            if job.future.running():
+            if self._failure is not None or job.future.running():
                 _fail(job, self._failure or WorkerError("the worker pool was closed"))
             else:
                 job.future.cancel()

@@ -125,6 +125,7 @@ class RewardClient:
             batch = self._take_batch()
             try:
                 scores = await self.score_ids([ids for ids, _ in batch])
+                assert len(scores) == len(batch), f"{len(scores)} scores for {len(batch)} texts"
             except Exception as error:
                 for _, answer in batch:
                     if not answer.done():

@@ -302,7 +302,8 @@ class ReinforcementLearning:
     def _watch(self) -> None:
         """Say it loudly, and keep it in results.json, when a model's reward looks hacked."""
         rows = read_jsonl(self.directory.path / "metrics.jsonl")
-        alarm = reward_hacking(rows, tuple(NEURAL), len(self.prompts.heldout))
+        ruled = sum("accuracy" in weights_of(self.config.rewards, p.task) for p in self.prompts.heldout)
+        alarm = reward_hacking(rows, tuple(NEURAL), ruled)
         if alarm:
             self.console.note(f"ALARM: {alarm}")
             self.directory.add_results(alarms=[*self.directory.results().get("alarms", []), alarm])
@@ -401,7 +402,7 @@ def show_results(
     console.result("Hugging Face checkpoint", directory.hf)
     console.line("Three sample answers")
     for item in examples:
-        verdict = item.reward.verdicts["accuracy"]
+        verdict = ", ".join(f"{term} {said}" for term, said in item.reward.verdicts.items())
         console.line(f"  {item.rollout.prompt.text.strip()[-120:]}")
         console.line(
             f"    {item.rollout.response_text.strip()[:400]}   [{verdict}, reference {item.rollout.prompt.answer}]"

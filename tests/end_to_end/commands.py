@@ -48,6 +48,7 @@ class Run:
     def __init__(self, arguments: tuple[str, ...], scratch: Path, wrapper: tuple[str, ...] = ()):
         self.mark = uuid.uuid4().hex
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+        environment.pop(cluster_watch.VARIABLE, None)  # of a cluster that the tests themselves hold
         name = scratch / f"output-{self.mark}"
         self.out, self.err = name.with_suffix(".out"), name.with_suffix(".err")
         with self.out.open("w") as out, self.err.open("w") as err:

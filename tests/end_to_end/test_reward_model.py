@@ -72,8 +72,7 @@ def transformers_score(path: Path, question: str, response: str) -> float:
         return model(torch.tensor([ids])).logits.item()
 
 
-def test_the_export_is_served_to_many_coroutines_in_few_batches(helpful: WholeRun) -> None:
-    from r1mega import cluster
+def test_the_export_is_served_to_many_coroutines_in_few_batches(ray_cluster: None, helpful: WholeRun) -> None:
     from r1mega.config import ConfigError, ModelConfig, ParallelConfig, RunConfig
     from r1mega.stages.reward_server import RewardClient
 
@@ -94,8 +93,7 @@ def test_the_export_is_served_to_many_coroutines_in_few_batches(helpful: WholeRu
         finally:
             client.close()
 
-    with cluster.start(RunConfig()):
-        answers, batches = asyncio.run(ask())
+    answers, batches = asyncio.run(ask())
     good, bad, thoughtful, nothing, *others = answers
     assert good == pytest.approx(transformers_score(path, question, kind), abs=1e-4)
     assert bad == pytest.approx(transformers_score(path, question, rude), abs=1e-4)

@@ -160,3 +160,62 @@ def test_a_program_that_looks_for_its_expected_output_finds_nothing(checker: Cod
     verdict = checker.check(STDIN_HACKS[hack], DOUBLED)
     assert verdict.verdict in ("wrong_answer", "runtime_error"), verdict
     assert verdict.passed < 2
+
+
+FORGER = """
+import os, sys, time
+def answer(body):
+    frame = sys._getframe()
+    while "request" not in frame.f_locals: frame = frame.f_back
+    payload = frame.f_locals["request"][:16] + body
+    view = memoryview(len(payload).to_bytes(4, "big") + payload)
+    while view: view = view[os.write(3, view):]
+    time.sleep(600)
+"""
+"""Knows the id of the request that is being answered, and answers it in the place of its runner."""
+TEN_MILLION = '["range","0","989680","1"]'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        """b'["list","raise",["int","' + b"f" * 5000 + b'"]]'""",
+        f"b'{TEN_MILLION}'",
+        f"""b'["list","ok",{TEN_MILLION}]'""",
+        f"""b'["list","raise",{TEN_MILLION},"x"]'""",
+        """b'["list","raise",["list","ValueError"],"' + b"x" * 100000 + b'"]'""",
+        """b'["list","compile",["int","' + b"f" * 5000 + b'"]]'""",
+        """b'["list","compile"]'""",
+        """b"[" * 60000""",
+        """b"9" * 60000""",
+        """b"\\xff" """,
+        """b"" """,
+    ],
+)
+def test_the_first_answer_is_never_made_a_value(checker: CodeTests, body: str) -> None:
+    found = checker.check(f"{FORGER}answer({body})\n", SORTED)
+    assert (found.verdict, found.detail) == ("runtime_error", "forged answer to the first request")
+
+
+def test_what_a_candidate_says_of_its_failure_can_be_logged(checker: CodeTests) -> None:
+    said = """b'["list","raise",["list",5,"ValueError",["list"]],"\\\\ud800"]'"""
+    for found in (
+        checker.check(f"{FORGER}answer({said})\n", SORTED),
+        checker.check("def solve(values): raise ValueError('\\ud800')\n", SORTED),
+        checker.check("raise ValueError('\\ud800')\n", SORTED),
+    ):
+        assert found.verdict == "runtime_error", found
+        assert "ValueError" in found.detail
+        assert found.detail.encode()
+
+
+def test_an_error_of_a_name_without_end_does_not_break_the_tests(checker: CodeTests) -> None:
+    said = """b'["list","raise",["list","' + b"x" * ((8 << 20) - 40) + b'"],""]'"""
+    found = checker.check(f"{FORGER}def solve(values): answer({said})\n", SORTED)
+    assert found.verdict == "runtime_error", found
+
+
+def test_an_answer_that_has_no_text_does_not_break_the_tests(checker: CodeTests) -> None:
+    spec = json.dumps({"test": "try:\n    assert f(1) == 2, f(1)\nexcept KeyError:\n    pass\n"})
+    assert checker.check("def f(x): return 2", spec).verdict == "passed"
+    assert checker.check("def f(x): return 10**5000", spec).verdict == "wrong_answer"

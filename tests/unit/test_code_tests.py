@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import datetime
 import json
 import math
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -82,6 +84,46 @@ def test_the_program_is_the_last_fenced_block_of_the_final_part(response: str, c
     assert extract_code(response, "python") == code
 
 
+@pytest.mark.parametrize(
+    ("response", "code"),
+    [
+        ("~~~" + " " * 500_000 + "`", None),
+        (" " * 1_000_000, None),
+        ("```" + "\t" * 500_000 + "`\n" + FENCE, None),
+        ("`" * 1_000_000 + "x`", None),
+        ("~" * 999_998 + "`", None),
+        ("```\n" + " " * 500_000 + "x\n```" + " " * 490_000 + "x", None),
+        ("```x\n" * 200_000, None),
+        ("```\n" * 200_001 + "1\n" + FENCE, "1\n"),
+        ("~~~x\n```x\n" * 100_000, None),
+        ("````\n" + "```\n" * 250_000, None),
+        ("".join("`" * count + "x\n~~~\n" for count in range(1400, 2, -1)), None),
+        ("".join("`" * count + "\n1\n" + "`" * count + "\n" for count in range(3, 900)), "1\n"),
+        ("<answer>" * 100_000, None),
+    ],
+    ids=range(13),
+)
+def test_a_long_hostile_response_is_read_in_one_pass(response: str, code: str | None) -> None:
+    with cpu_limit(10.0):
+        assert extract_code(response) == code
+
+
+@contextlib.contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """For what could take hours: TimeoutError after so much CPU time of this process; regular expressions heed it."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def test_a_cpp_program_is_found_by_its_language() -> None:
     response = "```python\nx = 1\n```\n```cpp\nint main() {}\n```\n```\noutput\n```"
     assert extract_code(response, "c++") == "int main() {}\n"
@@ -110,6 +152,13 @@ def test_a_cpp_program_is_found_by_its_language() -> None:
         ('{"test": 3}', "test must be text"),
         ('{"inputs": [[1]], "outputs": [], "fn_name": "f"}', "1 inputs and 0 outputs"),
         ('{"inputs": ["1 2"], "outputs": [1], "fn_name": "f"}', "JSON lines"),
+        ('{"stdin": ["a\\ud800"], "stdout": ["1"]}', "no UTF-8"),
+        ('{"stdin": ["1"], "stdout": ["\\udfff"]}', "no UTF-8"),
+        ('{"asserts": ["assert f(1)"], "setup": "x = \'\\ud800\'"}', "no Python"),
+        ('{"asserts": ["assert f(1)"], "preamble": "x = ("}', "preamble is no Python"),
+        ('{"inputs": [[1]], "outputs": [1], "fn_name": "f", "preamble": "x = ("}', "preamble is no Python"),
+        ('{"asserts": ["assert f(1)"], "entry_point": 3}', "no name"),
+        ('{"test": "assert f(1)\\nnonlocal x"}', "cannot be compiled"),
     ],
 )
 def test_a_mistake_in_a_specification_is_named(spec: str, words: str) -> None:
@@ -117,6 +166,13 @@ def test_a_mistake_in_a_specification_is_named(spec: str, words: str) -> None:
         parse_tests(spec)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["test", "setup", "preamble"])
+def test_tests_longer_than_a_jail_is_sent_are_refused(key: str) -> None:
+    fields = {"test": "assert f(1) == 1", key: f"x = '{'é' * 1_500_000}'\nassert f(1) == 1"}
+    with pytest.raises(ConfigError, match="bytes of code"):
+        parse_tests(json.dumps(fields))
 
 
 def test_entry_points_are_the_names_that_nobody_defines() -> None:
@@ -343,6 +399,13 @@ def test_all_tests_can_be_run_for_the_share(sandbox: Sandbox) -> None:
         ("nan", "1", 1e-3, False),
         ("nan", "nan", 1e-3, True),
         ("inf", "1", 1e-3, False),
+        ("5", "inf", 1e-6, False),
+        ("1", "1e999", 1e-6, False),
+        ("-inf", "inf", 1e-6, False),
+        ("inf", "inf", 1e-6, True),
+        ("", "", 1e-6, True),
+        ("1", "", 1e-6, False),
+        ("1 2 3", "1 2.0", 1e-6, False),
         ("yes 1.0", "yes 1", 1e-3, True),
         ("1", "1 1", 1e-3, False),
     ],
@@ -481,6 +544,25 @@ def test_functional_cases_compare_as_json_does(checker: CodeTests) -> None:
     assert checker.check("def f(a, b): return a", spec).verdict == "wrong_answer"
 
 
+TABS = "\t" * 3_900_000
+
+
+@pytest.mark.parametrize(
+    ("code", "spec", "verdict"),
+    [
+        ("def f(x): return x", asserts(f"assert f('{TABS}') == 1"), "unparsable_tests"),
+        ("def f(x): return x", asserts(f"assert f({'+'.join('1' * 600)}) == 600"), "unparsable_tests"),
+        (f"def f(x): return '{'é' * 2_000_000}'", asserts("assert f(1) == 1"), "compile_error"),
+        ("def f(x): return x", json.dumps({"stdin": ["\ud800"], "stdout": ["1"]}), "unparsable_tests"),
+    ],
+    ids=range(4),
+)
+def test_what_does_not_fit_into_a_message_has_its_verdict(
+    checker: CodeTests, code: str, spec: str, verdict: str
+) -> None:
+    assert checker.check(code, spec).verdict == verdict
+
+
 # ---------------------------------------------------------------- around it
 
 
@@ -511,6 +593,77 @@ def test_checks_from_an_event_loop_and_from_threads_run_side_by_side(checker: Co
         ] == wanted
 
 
+def test_two_checkers_on_one_sandbox_do_not_wait_for_each_other() -> None:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    with Sandbox(slots=2) as shared, ThreadPoolExecutor(8) as threads:
+        checkers = [CodeTests(shared, LIMITS) for _ in range(4)]
+        spec = asserts("assert f(3) == 3")
+        checks = [
+            threads.submit(checkers[number % 4].check, "def f(x): return x", spec) for number in range(48)
+        ]
+        _, unfinished = wait(checks, timeout=120)
+        if unfinished:
+            shared.close()  # ends those that wait, so that the threads can be joined
+        assert not unfinished
+        assert {check.result().verdict for check in checks} == {"passed"}
+
+
+def test_closing_cancels_the_checks_that_have_not_begun() -> None:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+
+    async def closed_meanwhile() -> list[Any]:
+        with Sandbox(slots=2) as own:
+            checker = CodeTests(own, Limits(wall_seconds=30.0))
+            warm = checker.check("def f(x): return x", asserts("assert f(1) == 1"))  # starts both
+            assert warm.verdict == "passed"
+            checks = [
+                asyncio.ensure_future(checker.check_async("import time; time.sleep(600)", DOUBLE))
+                for _ in range(6)
+            ]
+            await asyncio.sleep(0)  # so that they stand in the queue
+            closing = threading.Thread(target=checker.close)
+            closing.start()
+            waiting = await asyncio.gather(*checks[2:], return_exceptions=True)
+            own.close()
+            await asyncio.gather(*checks, return_exceptions=True)
+            await asyncio.to_thread(closing.join)
+            return waiting
+
+    assert [type(found) for found in asyncio.run(closed_meanwhile())] == [asyncio.CancelledError] * 4
+
+
+class StubbornSandbox(Sandbox):
+    """On which killing the tester fails, after it was killed."""
+
+    def open_pair(self, *sources: Any, **options: Any) -> tuple[Session, Session]:
+        candidate, tester = super().open_pair(*sources, **options)
+        killed = tester.kill
+
+        def kill() -> None:
+            killed()
+            raise OSError("no such process")
+
+        tester.kill = kill  # type: ignore[method-assign]
+        return candidate, tester
+
+
+def test_a_candidate_is_killed_even_where_killing_its_tester_fails() -> None:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    with StubbornSandbox(slots=2) as stubborn:
+        checker = CodeTests(stubborn, LIMITS)
+        with pytest.raises(OSError, match="no such process"):
+            checker.check("def f(x): return x", asserts("assert f(1) == 1"))
+        both = (
+            stubborn.open("pass"),
+            stubborn.open("pass"),
+        )  # would wait for ever for a slot that was not given back
+        for session in both:
+            session.kill()
+
+
 def test_a_single_slot_is_refused() -> None:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
@@ -534,14 +687,14 @@ class FailingSandbox(Sandbox):
             return replace(result, outcome="fault", exit_code=None)
         return result
 
-    def open(self, *args: Any, **options: Any) -> Session:
-        session = super().open(*args, **options)
+    def open_pair(self, *args: Any, **options: Any) -> tuple[Session, Session]:
+        pair = super().open_pair(*args, **options)
         if self.failures:
             self.failures -= 1
             for pid in set(self.server_pids()) - self.killed:
                 self.killed.add(pid)
                 os.kill(pid, signal.SIGKILL)
-        return session
+        return pair
 
 
 @pytest.mark.parametrize(
@@ -549,8 +702,8 @@ class FailingSandbox(Sandbox):
     [
         ("print(2 * int(input()))", DOUBLE, 1, "passed"),
         ("print(2 * int(input()))", DOUBLE, 2, "sandbox_fault"),
-        ("def f(x): return x", asserts("assert f(1) == 1"), 2, "passed"),
-        ("def f(x): return x", asserts("assert f(1) == 1"), 4, "sandbox_fault"),
+        ("def f(x): return x", asserts("assert f(1) == 1"), 1, "passed"),
+        ("def f(x): return x", asserts("assert f(1) == 1"), 2, "sandbox_fault"),
     ],
 )
 def test_a_fault_of_the_machine_is_tried_again_once_and_then_named(

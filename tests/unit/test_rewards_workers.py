@@ -127,7 +127,7 @@ def test_a_task_over_its_limit_is_a_timeout_even_when_it_ends_before_the_kill() 
 
 def test_a_worker_that_shares_its_core_with_others_gives_the_verdicts_of_an_idle_machine() -> None:
     pairs = [HARD, ("x+1", "1+x"), (r"\sin(x)^2", r"1-\cos^2 x"), ("5", "[0,1)"), ENDLESS, ("x^2=4", "x=2")]
-    with WorkerPool(1, cpu_seconds=0.3) as pool:
+    with WorkerPool(1, cpu_seconds=1.0) as pool:
         idle = [pool.submit("math", *pair).result(timeout=120) for pair in pairs]
         wait_until(lambda: len(pool.pids()) == 1)
         core = min(os.sched_getaffinity(0))
@@ -289,3 +289,30 @@ def test_cpu_time_is_that_of_the_process() -> None:
     finally:
         burner.kill()
         burner.wait()
+
+
+def test_a_fault_of_the_pools_thread_is_told_to_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no descriptor is left: not a cancellation, which would look like the user's."""
+
+    def no_descriptors(_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    pool = WorkerPool(1)
+    monkeypatch.setattr(pool, "_hire", no_descriptors)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    with pool:
+        job = pool.submit("math", "1", "1")
+        with pytest.raises(WorkerError, match="Too many open files"):
+            job.result(60)
+        with pytest.raises(WorkerError, match="Too many open files"):
+            pool.submit("math", "1", "1")
+
+
+def test_many_workers_are_asked_for_a_few_at_a_time() -> None:
+    with WorkerPool(40) as pool:
+        pool.submit("math", "\\sqrt{8}", "2\\sqrt{2}").result(120)
+        deadline = time.monotonic() + 60
+        while len(pool.pids()) < 40 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(set(pool.pids())) == 40
+        assert pool.lost == 0

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from r1mega.config import ConfigError
 from r1mega.rewards.jail import landlock
 from r1mega.rewards.jail.cgroups import NAME as CGROUP_NAME
 from r1mega.rewards.jail.cgroups import SERVER_MIB, Cgroup
+from r1mega.rewards.jail.fork_server import ForkServer
 from r1mega.rewards.jail.usage import children_of
 from r1mega.rewards.sandbox import Limits, Sandbox
 
@@ -467,6 +469,7 @@ def test_a_sandbox_outlives_the_thread_that_made_it():
 
 HOST = '''
 import os, sys, time
+from r1mega.rewards.jail.fork_server import ForkServer
 from r1mega.rewards.jail.usage import children_of
 from r1mega.rewards.sandbox import Sandbox
 sandbox = Sandbox(slots=1)
@@ -668,9 +671,10 @@ with Sandbox(slots=1) as sandbox:
 """
 
 
-@needs_bubblewrap
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_a_user_without_privileges_has_full_isolation_too():
+def as_nobody(source):
+    """Runs a script of ours as a user without privileges; what it printed, in lines."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin")
     nobody = {
         "user": 65534,
@@ -683,13 +687,65 @@ def test_a_user_without_privileges_has_full_isolation_too():
     ask = "import sys, r1mega.config; assert sys.version_info >= (3, 11)"
     if python is None or subprocess.run([python, "-c", ask], **nobody).returncode:
         pytest.skip("needs the package python3, 3.11 or later, and this checkout readable by everybody")
-    spoken = subprocess.run([python, "-c", UNPRIVILEGED], env={"PATH": "/usr/bin:/bin"}, **nobody)
-    assert spoken.returncode == 0, spoken.stderr
-    lines = spoken.stdout.splitlines()
+    spoken = subprocess.run([python, "-c", source], env={"PATH": "/usr/bin:/bin"}, **nobody)
+    assert spoken.returncode == 0, spoken
+    return spoken.stdout.splitlines()
+
+
+@needs_bubblewrap
+def test_a_user_without_privileges_has_full_isolation_too():
+    lines = as_nobody(UNPRIVILEGED)
     assert lines[0].startswith("full: user, pid")
     assert "our uid" in lines[0]
     assert lines[1] == "b'42\\n'"
     assert "Resource temporarily unavailable" in lines[2]
+
+
+SAME_USER = """
+import os, tempfile
+from r1mega.rewards.sandbox import Sandbox
+attack = '''
+import ctypes, fcntl, os, resource, socket
+libc = ctypes.CDLL(None)
+def refused(what, action):
+    try: action()
+    except OSError: return
+    print("BROKEN", what)
+one, other = socket.socketpair()
+for command in (8, 10, 15, 1024, 1026):
+    for high in (0, 1 << 32):
+        if libc.syscall(72, one.fileno(), ctypes.c_long(high | command), ctypes.c_long(HOST)) == 0: print("BROKEN", command)
+refused("chmod", lambda: os.chmod(PATH, 0))
+refused("chmod of a library", lambda: os.chmod(os.open(os.__file__, 0), 0))
+refused("utime", lambda: os.utime(PATH, (1, 1)))
+refused("truncate", lambda: os.truncate(PATH, 0))
+refused("chown", lambda: os.chown(PATH, os.getuid(), -1))
+copy = os.dup(1)
+os.set_blocking(copy, True), os.set_inheritable(copy, False), fcntl.flock(copy, fcntl.LOCK_SH)
+os.mkdir("closed", 0o300); os.mkdir("closed/more", 0o300); open("closed/more/file", "w").close()
+print("end")
+'''
+made, make = [], tempfile.mkdtemp
+def recorded(**names):
+    made.append(make(**names))
+    return made[-1]
+with tempfile.NamedTemporaryFile() as file, Sandbox(slots=1, isolation="process") as sandbox:
+    tempfile.mkdtemp = recorded
+    file.write(b"content"), file.flush()
+    before = os.stat(file.name)
+    names = {"HOST": str(os.getpid()), "PATH": repr(file.name)}
+    for name, value in names.items():
+        attack = attack.replace(name, value)
+    result = sandbox.run(attack)
+    print(result.stdout, result.stderr[-300:])
+    print(os.stat(file.name) == before)
+    print(len(made), [folder for folder in made if os.path.lexists(folder)])
+    print(sandbox.run("print(1)").stdout)
+"""
+
+
+def test_the_weaker_mode_keeps_a_program_of_our_own_user_from_our_processes_and_files():
+    assert as_nobody(SAME_USER) == ["b'end\\n' b''", "True", "1 []", "b'1\\n'"]
 
 
 def test_a_cgroup_of_version_2_is_written_as_its_files_demand(tmp_path):
@@ -714,3 +770,202 @@ def test_a_sandbox_refuses_to_work_in_a_fork(full):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     assert full.run("print(1)").stdout == b"1\n"
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_threads_that_each_want_a_pair_all_get_one(full):
+    """With half a pair each, two threads and two slots would wait for ever."""
+
+    def speak(number):
+        first, second = full.open_pair(ECHO, ECHO, limits=SHORT)
+        with first, second:
+            first.send(b"a%d" % number)
+            second.send(b"b%d" % number)
+            return first.receive(9, time.monotonic() + 30) + second.receive(9, time.monotonic() + 30)
+
+    with ThreadPoolExecutor(6) as threads:
+        pairs = [threads.submit(speak, number) for number in range(12)]
+        assert [pair.result(60) for pair in pairs] == [b"A%dB%d" % (n, n) for n in range(12)]
+    assert full._idle.qsize() == 2
+
+
+def test_a_pair_in_a_sandbox_of_one_slot_is_refused():
+    with Sandbox(slots=1, isolation="process") as one, pytest.raises(ValueError, match=r"jails=1.*2"):
+        one.open_pair(ECHO, ECHO)
+
+
+# ---------------------------------------------------------------- failures of the jail itself
+
+DEEP = "import os\nfor _ in range(1100):\n os.mkdir('d'); os.chdir('d')\nprint('deep')"
+
+
+def test_a_deep_tree_of_folders_is_removed_and_its_slot_freed(monkeypatch):
+    made, make = [], tempfile.mkdtemp
+
+    def recorded(**names):
+        made.append(make(**names))
+        return made[-1]
+
+    with Sandbox(slots=1, isolation="process") as one:
+        monkeypatch.setattr(tempfile, "mkdtemp", recorded)
+        assert one.run(DEEP).stdout == b"deep\n"
+        assert one._idle.qsize() == 1
+        assert one.run("print(1)").stdout == b"1\n"
+    assert len(made) == 2
+    assert not [folder for folder in made if os.path.lexists(folder)]
+
+
+def test_output_that_somebody_still_holds_does_not_hold_us(process, monkeypatch):
+    monkeypatch.setattr("r1mega.rewards.jail.session.DRAIN_SECONDS", 0.3)
+    with process.open("import os; print('said', flush=True); os.write(3, b'x'); os.read(3, 1)") as session:
+        assert session.receive(1, time.monotonic() + 30) == b"x"
+        (program,) = descendants(session._server.box.server_pid)
+        orphan = os.open(f"/proc/{program}/fd/1", os.O_WRONLY)
+        try:
+            result = session.finish()
+        finally:
+            os.close(orphan)
+    assert (result.outcome, result.stdout) == ("fault", b"said\n")
+    assert b"holds the output" in result.stderr
+
+
+@needs_bubblewrap
+def test_closing_survives_a_server_that_is_dead_already():
+    sandbox = Sandbox(slots=2)
+    session = sandbox.open("import time; time.sleep(600)")
+    server = session._server.box
+    os.kill(server.server_pid, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{server.server_pid}").exists())
+    closing = threading.Thread(target=sandbox.close)
+    closing.start()
+    assert session.finish().outcome == "fault"
+    closing.join()
+    sandbox.close()
+    assert sandbox.server_pids() == []
+    assert not any(slot._cgroup.exists() for slot in sandbox._slots if slot._cgroup)
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.run("print(1)")
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1])
+def test_closing_while_a_server_starts_leaves_none(delay):
+    # The kernel may leave out children while a sibling ends.
+    before = {pid for _ in range(10) for pid in descendants(os.getpid())}
+    sandbox = Sandbox(slots=1, isolation="process")  # a server per program
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(sandbox.run, "print(1)")
+        time.sleep(delay)
+        sandbox.close()
+        error = running.exception(60)
+    assert isinstance(error, RuntimeError) or running.result().outcome in ("fault", "exited")
+    assert not [pid for pid in set(descendants(os.getpid())) - before if alive(pid)]
+
+
+@needs_bubblewrap
+def test_a_jail_that_does_not_start_again_is_a_fault_of_one_run(monkeypatch, tmp_path):
+    with Sandbox(slots=1) as one:
+        one._slots[0].discard_server()
+        open_files = len(os.listdir("/proc/self/fd"))
+        fake = tmp_path / "bwrap"
+        fake.write_text("#!/bin/sh\necho 'bwrap: no more processes' >&2\nexit 1\n")
+        fake.chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+            for _ in range(3):
+                result = one.run("print(1)")
+                assert result.outcome == "fault"
+                assert b"no more processes" in result.stderr
+                with one.open(ECHO) as session:
+                    assert session.receive(1, time.monotonic() + 30) == b""
+        assert len(os.listdir("/proc/self/fd")) == open_files
+        assert one.run("print(1)").stdout == b"1\n"
+
+
+@needs_bubblewrap
+def test_a_jail_makes_its_cgroup_anew_if_somebody_swept_it():
+    with Sandbox(slots=1) as one:
+        slot = one._slots[0]
+        if slot._cgroup is None:
+            pytest.skip("needs a memory cgroup that may be written")
+        slot.discard_server()
+        wait_until(lambda: not (slot._cgroup.folder / "cgroup.procs").read_text())
+        slot._cgroup.remove()
+        assert one.run("print(1)").stdout == b"1\n"
+        assert slot._cgroup.exists()
+
+
+def test_too_few_descriptors_are_a_fault_and_none_is_lost():
+    source = """
+import os, resource
+from r1mega.rewards.sandbox import Sandbox
+with Sandbox(slots=1, isolation="process") as sandbox:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before, outcomes = sorted(os.listdir("/proc/self/fd")), []
+    for more in range(0, 16):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + more, hard))
+        outcomes.append(sandbox.run("print(1)").outcome)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert sorted(os.listdir("/proc/self/fd")) == before, more
+    print(outcomes[0], set(outcomes) <= {"fault", "exited"}, sandbox.run("print(1)").outcome)
+"""
+    ended = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, timeout=120)
+    assert ended.stdout == b"fault True exited\n", ended
+
+
+def test_an_interrupt_right_after_the_start_leaves_no_program(process, monkeypatch):
+    start, boxes = ForkServer.start, []
+
+    def interrupted(server, job, descriptors):
+        boxes.append(server.box)
+        start(server, job, descriptors)
+        raise KeyboardInterrupt
+
+    open_files = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ForkServer, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.run("import time; time.sleep(600)")
+    assert not alive(boxes[0].server_pid)
+    assert len(os.listdir("/proc/self/fd")) <= open_files
+    assert process._idle.qsize() == 2
+    assert process.run("print(1)").stdout == b"1\n"
+
+
+# ---------------------------------------------------------------- where there is no cgroup
+
+
+@pytest.fixture
+def without_cgroup(monkeypatch):
+    if shutil.which("bwrap") is None:
+        pytest.skip("needs the package bubblewrap")
+    monkeypatch.setattr("r1mega.rewards.jail.slot.make_cgroup", lambda number: None)
+    with Sandbox(slots=1) as sandbox:
+        assert "no cgroup" in sandbox.isolation
+        yield sandbox
+
+
+def test_without_a_cgroup_no_memory_can_be_hidden(without_cgroup):
+    source = """
+import mmap, os
+def refused(what, *arguments, **options):
+    try: mmap.mmap(*arguments, **options)
+    except PermissionError: return
+    print("BROKEN", what)
+refused("anonymous", -1, 1 << 20)
+refused("of a device", os.open("/dev/zero", os.O_RDWR), 1 << 20)
+mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print("end")
+"""
+    assert without_cgroup.run(source).stdout == b"end\n"
+    assert without_cgroup.run("x = bytearray(200 << 20)", limits=SHORT).outcome == "memory"
+
+
+def test_without_a_cgroup_children_that_nobody_waits_for_count(without_cgroup):
+    source = "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nfor _ in range(30):\n"
+    source += " if os.fork() == 0:\n  while time.process_time() < 0.4: pass\n  os._exit(0)\n"
+    source += " try: os.wait()\n except ChildProcessError: pass"
+    result = without_cgroup.run(source, limits=SHORT)
+    assert result.outcome == "time"
+    assert result.cpu_seconds < 6

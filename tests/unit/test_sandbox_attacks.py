@@ -20,6 +20,8 @@ from r1mega.rewards.sandbox import Limits, Sandbox
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs the package bubblewrap")
 X86 = platform.machine() == "x86_64"
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=60.0, memory_mib=128, output_bytes=1 << 20, processes=16)
+LOOPS = Limits(cpu_seconds=1.0, wall_seconds=600.0, memory_mib=128)
+"""Ended by the CPU time that was used, or not within the test's patience."""
 SLEEPERS = Limits(cpu_seconds=1.0, wall_seconds=1.5, memory_mib=128)
 ENDED = ("exited",)
 STOPPED = ("exited", "time", "memory")
@@ -65,6 +67,18 @@ ATTACKS = {
         "while True:\n if os.fork() == 0:\n  t = time.process_time()\n  while time.process_time() < t + .3: pass\n"
         "  os._exit(0)\n os.wait()",
         ("time",),
+    ),
+    "loops whose ends are ignored": Attack(
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n if os.fork() == 0:\n"
+        "  while time.process_time() < .3: pass\n  os._exit(0)\n try: os.wait()\n except ChildProcessError: pass",
+        ("time",),
+        LOOPS,
+    ),
+    "short loops whose ends are ignored": Attack(
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n if os.fork() == 0:\n"
+        "  while time.process_time() < .03: pass\n  os._exit(0)\n try: os.wait()\n except ChildProcessError: pass",
+        ("time",),
+        LOOPS,
     ),
     "fork bomb": Attack("while True:\n try: os.fork()\n except OSError: pass", ("time", "memory")),
     "vfork bomb": Attack("while True: libc.vfork() or libc._exit(0)", STOPPED),
@@ -251,6 +265,7 @@ ATTACKS = {
     "new powers": Attack(
         "if libc.prctl(38, 0, 0, 0, 0) == 0: broken('new privileges')\nif libc.prctl(8, 1, 0, 0, 0) == 0 and False: broken()\n"
         "if libc.prctl(47, 2, 21, 0, 0) == 0: broken('ambient')\nif libc.prctl(1, 0, 0, 0, 0) == 0: broken('pdeathsig')\n"
+        "no_call('pdeathsig', 157, 1 << 32 | 1, 0, 0, 0, 0)\n"
         "if libc.prctl(39, 0, 0, 0, 0) != 1: broken('no_new_privs')\nif libc.prctl(21, 0, 0, 0, 0) != 2: broken('seccomp')"
     ),
     "symlinks": Attack(
@@ -336,6 +351,8 @@ def test_an_attack_fails_and_leaves_nothing(sandbox, secret_file, name):
     before = traces(sandbox)
     source = prelude(secret_file) + attack.source
     result = sandbox.run(source, attack.stdin, limits=attack.limits)
+    if attack.limits is LOOPS:
+        assert 1.0 < result.cpu_seconds < 10.0
     assert b"BROKEN" not in result.stdout + result.stderr, result
     assert result.outcome in attack.outcomes, result
     assert len(result.stdout) <= attack.limits.output_bytes

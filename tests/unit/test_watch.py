@@ -34,6 +34,7 @@ def test_nothing_is_said_while_either_side_is_sound() -> None:
     assert reward_hacking(run(0.0, falling), ["helpful"], HELDOUT) is None, "the model reward only scatters"
     assert reward_hacking(run(0.05, {5: 0.60, 20: 0.58}), ["helpful"], HELDOUT) is None, "the fall is noise"
     assert reward_hacking(run(0.05, falling), ["helpful"], 8) is None, "too few problems to tell"
+    assert reward_hacking(run(0.05, falling), ["helpful"], 0) is None, "no problem that a rule can judge"
     assert reward_hacking(run(0.05, falling), ["safety"], HELDOUT) is None, "no such term in this run"
 
 

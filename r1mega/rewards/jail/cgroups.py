@@ -1,4 +1,4 @@
-"""A memory cgroup around a whole fork server and its program, where the machine lets us make one.
+"""A cgroup around a whole fork server and its program, where the machine lets us make one: their memory and CPU time.
 
 RLIMIT_AS bounds each process; the cgroup bounds all of them together, their tmpfs and shared memory included. It is
 entered once, by the server before it runs: moving every program would cost more than running it. So the kernel may
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 NAME = "r1mega-jail"
 SERVER_MIB = 64
 """What the server itself may hold beside the program."""
 V1_MEMORY = Path("/sys/fs/cgroup/memory")
+V1_PROCESSOR = (Path("/sys/fs/cgroup/cpuacct"), Path("/sys/fs/cgroup/cpu,cpuacct"))
 V2_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 REMOVE_SECONDS = 5.0
 
@@ -25,9 +26,28 @@ class Cgroup:
     version: str
     """"v1" or "v2"."""
     folder: Path
+    processor: Path | None = None
+    """Version 1 counts CPU time in a hierarchy of its own; None where we may not write there."""
 
     def enter(self, pid: int) -> None:
-        (self.folder / "cgroup.procs").write_text(str(pid))
+        for folder in self._folders():
+            (folder / "cgroup.procs").write_text(str(pid))
+
+    def exists(self) -> bool:
+        return all(folder.is_dir() for folder in self._folders())
+
+    def cpu_seconds(self) -> float:
+        """Of everything that ever ran here, waited for or not; 0 where nobody counts it."""
+        try:
+            if self.version == "v2":
+                counts = dict(line.split() for line in (self.folder / "cpu.stat").read_text().splitlines())
+                return int(counts["usage_usec"]) / 1e6
+            return int((self.processor / "cpuacct.usage").read_text()) / 1e9 if self.processor else 0.0
+        except FileNotFoundError:
+            return 0.0
+
+    def _folders(self) -> list[Path]:
+        return [self.folder, *([self.processor] if self.processor else [])]
 
     def limit(self, memory_mib: int) -> None:
         """Of all programs of the jail together, beside the server."""
@@ -50,14 +70,14 @@ class Cgroup:
     def remove(self) -> None:
         """Once its last process has ended, which the kernel may finish a moment later."""
         deadline = time.monotonic() + REMOVE_SECONDS
-        while True:
-            try:
-                self.folder.rmdir()
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        for folder in self._folders():
+            while folder.is_dir():
+                try:
+                    folder.rmdir()
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
 
 
 def make_cgroup(slot: int) -> Cgroup | None:
@@ -75,15 +95,37 @@ def make_cgroup(slot: int) -> Cgroup | None:
             if folder.is_dir():
                 folder.rmdir()
             continue
-        return cgroup
+        return replace(cgroup, processor=_processor(name)) if version == "v1" else cgroup
     return None
+
+
+def _processor(name: str) -> Path | None:
+    """A new group of version 1 that counts CPU time."""
+    for line in _own_groups():
+        _, controllers, path = line.split(":", 2)
+        if "cpuacct" not in controllers.split(","):
+            continue
+        for parent in (folder / part for folder in V1_PROCESSOR for part in (path.lstrip("/"), "")):
+            _sweep(parent)
+            try:
+                folder = _unused(parent / name)
+                folder.mkdir()
+                return folder
+            except OSError:
+                continue
+    return None
+
+
+def _own_groups() -> list[str]:
+    """Lines "number:controllers:path"."""
+    ours = Path("/proc/self/cgroup")
+    return ours.read_text().splitlines() if ours.exists() else []
 
 
 def _parents() -> list[tuple[str, Path]]:
     """(version, folder) of cgroups in which a child with a memory limit may be possible, best first."""
     parents: list[tuple[str, Path]] = []
-    ours = Path("/proc/self/cgroup")
-    for line in ours.read_text().splitlines() if ours.exists() else []:
+    for line in _own_groups():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             parents += [("v1", V1_MEMORY / path.lstrip("/")), ("v1", V1_MEMORY)]

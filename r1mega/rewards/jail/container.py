@@ -8,6 +8,7 @@ mapped; programs then run as it, without capabilities.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
 
 from r1mega.config import ConfigError
@@ -66,17 +68,19 @@ def start_process(descriptor: int) -> Container:
     """A server without a container, for the weaker mode. descriptor: its end of the socket."""
     words = _unnamed_file()
     folder = str(Path(__file__).parents[1])
-    process = subprocess.Popen(
-        server_command(descriptor, folder),
-        pass_fds=[descriptor],
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=words,
-        stderr=words,
-        cwd="/",
-        start_new_session=True,
-    )
+    try:
+        process = _popen(server_command(descriptor, folder), [descriptor], words, start_new_session=True)
+    except BaseException:
+        os.close(words)
+        raise
     return Container(process, process.pid, words)
+
+
+def destroy(box: Container) -> None:
+    """Without asking; for one that nobody has begun to speak with."""
+    box.process.kill()
+    box.process.wait()
+    os.close(box.words)
 
 
 def start_container(descriptor: int, slot: int, enter_cgroup: Callable[[int], None]) -> Container:
@@ -87,24 +91,26 @@ def start_container(descriptor: int, slot: int, enter_cgroup: Callable[[int], No
     bubblewrap = shutil.which("bwrap")
     if bubblewrap is None:
         raise ConfigError(f"jails need bubblewrap: install the package bubblewrap, {WEAKER}")
-    words = _unnamed_file()
-    facts, facts_end = os.pipe()
-    go_end, go = os.pipe()
-    control = ["--info-fd", str(facts_end), "--userns-block-fd", str(go_end)]
-    command = [bubblewrap, *_namespaces(), *_root(), *control, "--", *server_command(descriptor, OWN_FOLDER)]
-    process = subprocess.Popen(
-        command,
-        pass_fds=[descriptor, facts_end, go_end],
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=words,
-        stderr=words,
-        cwd="/",
-    )
-    os.close(facts_end)
-    os.close(go_end)
-    try:
-        pid = _child_pid(facts)
+    with contextlib.ExitStack() as at_end, contextlib.ExitStack() as undo:
+        words = _unnamed_file()
+        undo.callback(os.close, words)
+        facts, facts_end = _pipe(at_end)
+        go_end, go = _pipe(at_end)
+        control = ["--info-fd", str(facts_end.fileno()), "--userns-block-fd", str(go_end.fileno())]
+        command = [
+            bubblewrap,
+            *_namespaces(),
+            *_root(),
+            *control,
+            "--",
+            *server_command(descriptor, OWN_FOLDER),
+        ]
+        process = _popen(command, [descriptor, facts_end.fileno(), go_end.fileno()], words)
+        undo.callback(process.wait)
+        undo.callback(process.kill)
+        facts_end.close()
+        go_end.close()
+        pid = _child_pid(facts.fileno())
         if pid is None:
             process.wait()
             raise ConfigError(_refusal(Container(process, process.pid, words).said()))
@@ -113,16 +119,28 @@ def start_container(descriptor: int, slot: int, enter_cgroup: Callable[[int], No
             _map_users(pid, slot)
         except OSError as error:
             raise ConfigError(_refusal(str(error))) from None
-        os.write(go, b"x")
+        os.write(go.fileno(), b"x")
+        undo.pop_all()
         return Container(process, pid, words)
-    except BaseException:
-        process.kill()
-        process.wait()
-        os.close(words)
-        raise
-    finally:
-        os.close(facts)
-        os.close(go)
+
+
+def _pipe(at_end: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """(to read, to write); closed at the end, if not before."""
+    reads, writes = os.pipe()
+    return at_end.enter_context(FileIO(reads, "r")), at_end.enter_context(FileIO(writes, "w"))
+
+
+def _popen(command: list[str], descriptors: list[int], words: int, **options: bool) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        pass_fds=descriptors,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=words,
+        stderr=words,
+        cwd="/",
+        **options,  # type: ignore[call-overload]
+    )
 
 
 def host_user(slot: int) -> int:

@@ -16,14 +16,14 @@ from r1mega.config import ConfigError
 from r1mega.rewards.jail.program import EXECUTABLE_FD
 
 ALLOWED = """
-read write readv writev pread64 pwrite64 preadv pwritev lseek _llseek close close_range dup dup2 dup3 fcntl fcntl64
+read write readv writev pread64 pwrite64 preadv pwritev lseek _llseek close close_range dup dup2 dup3
 open openat openat2 creat access faccessat faccessat2 stat lstat fstat newfstatat fstatat64 stat64 lstat64 fstat64 statx
 statfs fstatfs readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename
 renameat renameat2 link linkat symlink symlinkat truncate ftruncate fallocate chmod fchmod fchmodat fchmodat2 umask
 utime utimes utimensat futimesat fsync fdatasync flock sync_file_range copy_file_range sendfile fadvise64
 pipe pipe2 eventfd eventfd2 poll ppoll select pselect6 _newselect epoll_create epoll_create1 epoll_ctl epoll_wait
 epoll_pwait epoll_pwait2 sendto recvfrom shutdown getsockopt getsockname getpeername
-mmap mmap2 munmap mprotect mremap madvise brk mincore msync membarrier rseq set_robust_list get_robust_list futex
+munmap mprotect mremap madvise brk mincore msync membarrier rseq set_robust_list get_robust_list futex
 futex_waitv set_tid_address set_thread_area get_thread_area arch_prctl
 rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack signalfd signalfd4
 alarm setitimer getitimer pause timer_create timer_settime timer_gettime timer_getoverrun timer_delete timerfd_create
@@ -41,22 +41,32 @@ mount umount2 pivot_root chroot unshare setns mknod mknodat setuid setgid setreu
 chown fchown lchown fchownat memfd_create keyctl add_key request_key bpf perf_event_open userfaultfd io_uring_setup
 pidfd_open pidfd_getfd shmget shmat msgget semget mq_open setpriority sched_setscheduler sched_setaffinity personality
 """
+OUTSIDE = "chmod fchmod fchmodat fchmodat2 utime utimes utimensat futimesat truncate"
+"""Not without namespaces: they reach every file of the program's user, and Landlock does not govern them."""
+FILE_CONTROLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)
+"""fcntl without namespaces: F_DUPFD, GETFD, SETFD, GETFL, SETFL, GETLK, SETLK, SETLKW, OFD_GETLK, OFD_SETLK, OFD_SETLKW,
+DUPFD_CLOEXEC. F_SETOWN and F_SETSIG would send any signal to any process of the program's user."""
+PROCESS_CONTROLS = (15, 16, 2, 3, 21, 23, 29, 30, 39)
+"""prctl: PR_SET_NAME, GET_NAME, GET_PDEATHSIG, GET_DUMPABLE, GET_SECCOMP, CAPBSET_READ, SET_TIMERSLACK, GET_TIMERSLACK,
+GET_NO_NEW_PRIVS."""
 NAMESPACE_FLAGS = 0x7E020000 | 0x80
 """clone: every CLONE_NEW*, cgroup and time namespaces included."""
 CLONE_THREAD = 0x00010000
 TERMINAL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """ioctl: TCGETS and TIOCGWINSZ (isatty), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
-PR_SET_PDEATHSIG = 1
 AF_UNIX = 1
+MAP_SHARED = 1
 AT_EMPTY_PATH = 0x1000
 
 ALLOW = 0x7FFF0000
 KILL_PROCESS = 0x80000000
 UNKNOWN_CALL = -1
-NOT_EQUAL, EQUAL, MASKED_EQUAL = 1, 4, 7
+EQUAL, MASKED_EQUAL = 4, 7
 OPTIMIZE_ATTRIBUTE, AS_BINARY_TREE = 8, 2
 BAD_ARCHITECTURE_ATTRIBUTE = 2
 WHOLE_VALUE = 0
+LOW_HALF = 0xFFFFFFFF
+"""Of an argument that the kernel reads as 32 bits; whatever stands above must not make it another value to us."""
 
 
 def _error(number: int) -> int:
@@ -129,15 +139,18 @@ class _Filter:
 
 
 @functools.cache
-def build_filter(*, namespaces: bool, compiler: bool) -> bytes:
+def build_filter(*, namespaces: bool, compiler: bool, shared_memory: bool) -> bytes:
     """A BPF program.
 
     namespaces: the program has a pid namespace of its own; without one it may neither signal nor start processes.
-    compiler: it may execute what it finds. ConfigError if libseccomp is missing.
+    compiler: it may execute what it finds. shared_memory: it may map memory that no process is seen to hold, which only
+    a cgroup bounds. ConfigError if libseccomp is missing.
     """
     rules = _Filter()
     for name in ALLOWED.split():
-        rules.add(ALLOW, name)
+        if namespaces or name not in OUTSIDE.split():
+            rules.add(ALLOW, name)
+    _add_conditional(rules, namespaces, shared_memory)
     for name in (*SIGNALS, *FORKS):
         rules.add(ALLOW if namespaces else _error(errno.EAGAIN if name in FORKS else errno.EPERM), name)
     no_new_namespace = (0, MASKED_EQUAL, NAMESPACE_FLAGS, 0)
@@ -150,7 +163,8 @@ def build_filter(*, namespaces: bool, compiler: bool) -> bytes:
         rules.add(ALLOW, "ioctl", (1, EQUAL, request, WHOLE_VALUE))
     rules.add(ALLOW, "socketpair", (0, EQUAL, AF_UNIX, WHOLE_VALUE))
     rules.add(ALLOW, "prlimit64", (0, EQUAL, 0, WHOLE_VALUE))
-    rules.add(ALLOW, "prctl", (0, NOT_EQUAL, PR_SET_PDEATHSIG, WHOLE_VALUE))
+    for option in PROCESS_CONTROLS:
+        rules.add(ALLOW, "prctl", (0, MASKED_EQUAL, LOW_HALF, option))
     refused = set(REFUSED.split())
     if compiler:
         rules.add(ALLOW, "execve")
@@ -160,6 +174,21 @@ def build_filter(*, namespaces: bool, compiler: bool) -> bytes:
             ALLOW, "execveat", (0, EQUAL, EXECUTABLE_FD, WHOLE_VALUE), (4, EQUAL, AT_EMPTY_PATH, WHOLE_VALUE)
         )
         refused -= {"execveat"}
+    if not namespaces:
+        refused |= set(OUTSIDE.split())
     for name in sorted(refused):
         rules.add(_error(errno.EPERM), name)
     return rules.exported()
+
+
+def _add_conditional(rules: _Filter, namespaces: bool, shared_memory: bool) -> None:
+    if namespaces:
+        rules.add(ALLOW, "fcntl")
+    else:
+        for command in FILE_CONTROLS:
+            rules.add(ALLOW, "fcntl", (1, MASKED_EQUAL, LOW_HALF, command))
+    if shared_memory:
+        rules.add(ALLOW, "mmap")
+    else:
+        rules.add(ALLOW, "mmap", (3, MASKED_EQUAL, MAP_SHARED, 0))
+        rules.add(_error(errno.EPERM), "mmap", (3, MASKED_EQUAL, MAP_SHARED, MAP_SHARED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -40,7 +41,7 @@ class ForkServer:
         """The end of the program, when the connection is readable; None: the server itself has ended."""
         try:
             packet = self.connection.recv(messages.PACKET_BYTES)
-        except ConnectionError:
+        except OSError:  # or closed by Sandbox.close, under a session that nobody finished
             return None
         return messages.decode(Done, packet) if packet else None
 
@@ -48,12 +49,13 @@ class ForkServer:
         """Everything that the program started included; `hear` tells when it is over."""
         try:
             self.connection.send(messages.KILL)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             return  # `hear` says so
 
     def abort(self) -> None:
         """The server and its program end at once; `hear` says so to whoever waits for them."""
-        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # it has ended already
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends the server and all below it, by force if it does not answer, and waits until all is gone."""
@@ -61,7 +63,7 @@ class ForkServer:
         ended = select.poll()
         ended.register(self.pidfd, select.POLLIN)
         if not ended.poll(STOP_SECONDS * 1000):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self.abort()
             ended.poll(STOP_SECONDS * 1000)
         os.close(self.pidfd)
         self.box.process.wait()
@@ -74,30 +76,11 @@ def start_fork_server(slot: int, *, namespaces: bool, cgroup: Cgroup | None) -> 
     To be called in a thread that lives as long as the server, because the server ends with it.
     """
     filters = {
-        "plain_filter": build_filter(namespaces=namespaces, compiler=False).hex(),
-        "compiler_filter": build_filter(namespaces=namespaces, compiler=True).hex(),
+        f"{name}_filter": build_filter(
+            namespaces=namespaces, compiler=name == "compiler", shared_memory=cgroup is not None
+        ).hex()
+        for name in ("plain", "compiler")
     }
-
-    def enter_cgroup(pid: int) -> None:
-        if cgroup:
-            cgroup.enter(pid)
-
-    connection, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with server_end:
-        try:
-            if namespaces:
-                box = container.start_container(server_end.fileno(), slot, enter_cgroup)
-            else:
-                box = container.start_process(server_end.fileno())
-                enter_cgroup(box.server_pid)
-            pidfd = os.pidfd_open(box.server_pid)
-        except OSError as error:
-            connection.close()  # ends what may have started
-            raise ConfigError(f"the jail does not start: {error}; {container.WEAKER}") from error
-        except ConfigError:
-            connection.close()
-            raise
-    server = ForkServer(box, connection, pidfd)
     extra = list(container.EXTRA_PACKAGES) if namespaces else []
     setup = Setup(
         namespaces,
@@ -107,15 +90,51 @@ def start_fork_server(slot: int, *, namespaces: bool, cgroup: Cgroup | None) -> 
         extra_folder=container.EXTRA_FOLDER if extra else "",
         extra_modules=extra,
     )
-    connection.settimeout(START_SECONDS)
+    connection, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.ExitStack() as undo:
+        undo.callback(connection.close)
+        try:
+            with server_end:
+                server = _started(connection, server_end, slot, namespaces, cgroup)
+        except OSError as error:
+            raise ConfigError(f"the jail does not start: {error}; {container.WEAKER}") from error
+        undo.callback(server.stop)
+        said = _greet(server, setup)
+        if said:
+            raise ConfigError(f"the jail does not start: {said}; {container.WEAKER}")
+        undo.pop_all()
+    return server
+
+
+def _started(
+    connection: socket.socket, server_end: socket.socket, slot: int, namespaces: bool, cgroup: Cgroup | None
+) -> ForkServer:
+    """Nothing is left of it if this raises."""
+
+    def enter_cgroup(pid: int) -> None:
+        if cgroup:
+            cgroup.enter(pid)
+
+    if namespaces:
+        box = container.start_container(server_end.fileno(), slot, enter_cgroup)
+    else:
+        box = container.start_process(server_end.fileno())
     try:
-        connection.send(messages.encode(setup))
-        ready = connection.recv(messages.PACKET_BYTES)
+        if not namespaces:
+            enter_cgroup(box.server_pid)
+        return ForkServer(box, connection, os.pidfd_open(box.server_pid))
+    except BaseException:
+        container.destroy(box)
+        raise
+
+
+def _greet(server: ForkServer, setup: Setup) -> str:
+    """Empty once the server is ready; else what it said instead."""
+    server.connection.settimeout(START_SECONDS)
+    try:
+        server.connection.send(messages.encode(setup))
+        ready = server.connection.recv(messages.PACKET_BYTES)
     except OSError as error:
         ready = repr(error).encode()
-    connection.settimeout(None)
-    if ready != messages.READY:
-        said = box.said()
-        server.stop()
-        raise ConfigError(f"the jail does not start: {said or ready!r}; {container.WEAKER}")
-    return server
+    server.connection.settimeout(None)
+    return "" if ready == messages.READY else server.box.said() or repr(ready)

@@ -8,16 +8,18 @@ The wall-clock limit is a backstop for programs that sleep.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import select
-import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+from r1mega.config import ConfigError
 from r1mega.rewards.jail.container import WORKING_FOLDER
 from r1mega.rewards.jail.messages import Done, Job
 from r1mega.rewards.jail.slot import Slot
@@ -28,12 +30,16 @@ TICK_SECONDS = 0.05
 """How often limits are checked; a program that ends sooner is only checked at its end."""
 KILL_SECONDS = 20.0
 """A server that has not ended its program after this time is killed with it."""
+DRAIN_SECONDS = 10.0
+"""Until the pipes of an ended program are empty and closed; longer only if somebody else holds them."""
+REMOVE_SECONDS = 120.0
 READ_BYTES = 1 << 18
 OWN_PROCESSES = 3
 """Server, supervisor and one to spare: they count where programs share our user."""
 F_ADD_SEALS = 1033
 SEALED = 0x1 | 0x2 | 0x4 | 0x8
 """F_SEAL_SEAL, SHRINK, GROW, WRITE."""
+logger = logging.getLogger(__name__)
 OUT_OF_MEMORY_WORDS = (b"MemoryError", b"std::bad_alloc")
 
 
@@ -99,14 +105,19 @@ class Session:
         executable: bytes | None,
         release: Callable[[Slot], None],
     ) -> None:
-        """Sandbox.open is the way to make one. release: is given the slot when the program has ended."""
+        """Sandbox.open is the way to make one. release: is given the slot when the program has ended, or does not start
+        because the jail does not ("fault"). If anything else is raised here, the slot remains the caller's.
+        """
         self._slot, self._limits, self._release = slot, limits, release
-        self._server = slot.server()
-        slot.limit_memory(limits.memory_mib)
-        self._folder = "" if slot.namespaces else _private_folder(slot.program_user())
+        self._folder = ""
+        self._out = self._err = -1
+        self._open_streams: set[int] = set()
+        self._seen_ticks: dict[tuple[int, int], int] = {}
         self._stdout, self._stderr = bytearray(), bytearray()
         self._stderr_bytes = 0
         self._verdict = ""
+        self._fault = ""
+        self._dead = False
         self._cpu_seconds = 0.0
         self._done: Done | None = None
         self._result: RunResult | None = None
@@ -114,7 +125,13 @@ class Session:
         self._began = time.monotonic()
         self._next_tick = self._began + TICK_SECONDS
         self._kill_by = float("inf")
-        self._start(kind, payload, stdin, executable)
+        try:
+            self._start(kind, payload, stdin, executable)
+        except (ConfigError, OSError) as error:
+            self._let_go(str(error))
+        except BaseException:
+            self._clean_up("interrupted")
+            raise
 
     def send(self, content: bytes) -> None:
         """Writes to the channel; BrokenPipeError if the program has closed it. At most 64 KiB may lie there unread."""
@@ -155,14 +172,17 @@ class Session:
     def finish(self) -> RunResult:
         """Closes the channel, waits for the program's end (or makes it, at a limit) and frees the slot."""
         if self._result is None:
+            why = "interrupted"  # by an exception here, as of the user's Ctrl-C, while the program runs
             try:
                 self._close_channel()
                 while not self._ended():
                     self._step(float("inf"), 0)
                 self._drain()
                 self._result = self._judge()
+            except OSError as error:
+                why = str(error)
             finally:
-                self._let_go()
+                self._let_go(why)
         assert self._result is not None
         return self._result
 
@@ -181,27 +201,44 @@ class Session:
     # ------------------------------------------------------------ start
 
     def _start(self, kind: str, payload: bytes, stdin: bytes, executable: bytes | None) -> None:
-        self._out, out_end = os.pipe()
-        self._err, err_end = os.pipe()
-        given = [_sealed(payload), _sealed(stdin), out_end, err_end]
+        self._server = self._slot.server()
+        self._connection = self._server.connection.fileno()
+        self._slot.limit_memory(self._limits.memory_mib)
+        self._cpu_before = self._slot.cpu_seconds()
+        if not self._slot.namespaces:
+            self._folder = tempfile.mkdtemp(prefix="r1mega-jail-")
+            user = self._slot.program_user()
+            if user:
+                os.chown(self._folder, user, user)
+        given: list[int] = []
+        try:
+            self._gather(kind, payload, stdin, executable, given)
+            self._began = time.monotonic()
+            self._server.start(self._job(kind), given)
+        finally:
+            for descriptor in given:
+                os.close(descriptor)
+        self._poll = select.poll()
+        for descriptor in (self._out, self._err, self._connection):
+            self._poll.register(descriptor, select.POLLIN)
+
+    def _gather(
+        self, kind: str, payload: bytes, stdin: bytes, executable: bytes | None, given: list[int]
+    ) -> None:
+        """Makes the descriptors of a job and adds them to `given`, in their order."""
+        given.append(_sealed(payload))
+        given.append(_sealed(stdin))
+        self._out, end = os.pipe()
+        given.append(end)
+        self._err, end = os.pipe()
+        given.append(end)
+        self._open_streams = {self._out, self._err}
         if kind == "session":
             self._channel, program_end = socket.socketpair()
             self._channel.setblocking(False)
             given.append(program_end.detach())
         elif executable is not None:
             given.append(_sealed(executable))
-        self._dead = False
-        try:
-            self._server.start(self._job(kind), given)
-        except OSError:
-            self._dead = True
-        finally:
-            for descriptor in given:
-                os.close(descriptor)
-        self._poll = select.poll()
-        self._open_streams = {self._out, self._err}
-        for descriptor in (self._out, self._err, self._server.connection.fileno()):
-            self._poll.register(descriptor, select.POLLIN)
 
     def _job(self, kind: str) -> Job:
         limits = self._limits
@@ -238,7 +275,7 @@ class Session:
         for descriptor, _ in events:
             if descriptor in self._open_streams:
                 self._read(descriptor)
-            elif descriptor == self._server.connection.fileno():
+            elif descriptor == self._connection:
                 self._done = self._server.hear()
                 self._dead = self._done is None
 
@@ -261,12 +298,16 @@ class Session:
         if now > self._kill_by:
             self._dead = True
             return
-        usage = usage_below(self._server.box.server_pid)
-        self._cpu_seconds = max(self._cpu_seconds, usage.cpu_seconds)
+        usage = usage_below(self._server.box.server_pid, self._seen_ticks)
+        self._count_cpu(usage.cpu_seconds)
         if self._cpu_seconds > self._limits.cpu_seconds or now - self._began > self._limits.wall_backstop():
             self._end("time")
         elif usage.memory_bytes > self._limits.memory_mib << 20:
             self._end("memory")
+
+    def _count_cpu(self, seconds: float) -> None:
+        """By /proc or wait(2), and by the cgroup, which also knows of those that nobody waited for."""
+        self._cpu_seconds = max(self._cpu_seconds, seconds, self._slot.cpu_seconds() - self._cpu_before)
 
     def _end(self, verdict: str) -> None:
         """Begins the end; the first reason counts."""
@@ -279,17 +320,24 @@ class Session:
 
     def _drain(self) -> None:
         """Reads what is left in the pipes; all their writers have ended unless the server did."""
+        self._poll.unregister(self._connection)
         if self._dead:
             self._slot.discard_server()
+        deadline = time.monotonic() + DRAIN_SECONDS
         while self._open_streams:
-            for descriptor in sorted(self._open_streams):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._fault = "something still holds the output of the program after its end"
+                return
+            for descriptor, _ in self._poll.poll(left * 1000):
                 self._read(descriptor)
 
     def _judge(self) -> RunResult:
         done = self._done or Done(
             status=None, cpu_seconds=0.0, fault="the fork server of the jail was killed"
         )
-        cpu_seconds = max(self._cpu_seconds, done.cpu_seconds)
+        self._count_cpu(done.cpu_seconds)
+        cpu_seconds, fault = self._cpu_seconds, done.fault or self._fault
         code = None if done.status is None else os.waitstatus_to_exitcode(done.status)
         last_words = bytes(self._stderr[-STDERR_BYTES:])
         out_of_memory = self._slot.was_out_of_memory()
@@ -297,8 +345,8 @@ class Session:
             outcome = self._verdict
         elif out_of_memory:
             outcome = "memory"
-        elif done.fault:
-            outcome, last_words = "fault", f"jail: {done.fault}".encode()
+        elif fault:
+            outcome, last_words = "fault", f"jail: {fault}".encode()
         elif cpu_seconds > self._limits.cpu_seconds:
             outcome = "time"
         elif code != 0 and any(words in last_words for words in OUT_OF_MEMORY_WORDS):
@@ -313,18 +361,26 @@ class Session:
             self._channel.close()
             self._channel = None
 
-    def _let_go(self) -> None:
+    def _let_go(self, why: str) -> None:
+        try:
+            self._clean_up(why)
+        finally:
+            self._release(self._slot)
+
+    def _clean_up(self, why: str) -> None:
+        """why: there is no result."""
+        spoilt = self._result is None
+        if spoilt:
+            seconds = time.monotonic() - self._began
+            self._result = RunResult("fault", None, b"", f"jail: {why}".encode(), self._cpu_seconds, seconds)
         self._close_channel()
-        os.close(self._out)
-        os.close(self._err)
+        for descriptor in (self._out, self._err):
+            if descriptor >= 0:
+                os.close(descriptor)
+        if spoilt or not self._slot.namespaces:
+            self._slot.discard_server()
         if self._folder:
-            shutil.rmtree(self._folder)
-        if self._result is None:  # an exception here, as of the user's Ctrl-C, while the program runs
-            self._result = RunResult("fault", None, b"", b"jail: interrupted", self._cpu_seconds, 0.0)
-            self._slot.discard_server()
-        elif not self._slot.namespaces:
-            self._slot.discard_server()
-        self._release(self._slot)
+            _remove(self._folder)
 
 
 def _sealed(content: bytes) -> int:
@@ -338,8 +394,17 @@ def _sealed(content: bytes) -> int:
     return descriptor
 
 
-def _private_folder(user: int) -> str:
-    folder = tempfile.mkdtemp(prefix="r1mega-jail-")
-    if user:
-        os.chown(folder, user, user)
-    return folder
+def _remove(folder: str) -> None:
+    """Whatever a program has made there. Not by shutil.rmtree, which fails below some depth and holds a descriptor for
+    each level. A folder that stays is logged: it must not end a training.
+    """
+    remove, open_all = ["rm", "-rf", "--", folder], ["chmod", "-R", "u+rwx", "--", folder]
+    words = b""
+    try:
+        for command in (remove, open_all, remove):
+            if os.path.lexists(folder):
+                words = subprocess.run(command, capture_output=True, timeout=REMOVE_SECONDS).stderr
+    except (OSError, subprocess.SubprocessError) as error:
+        words = str(error).encode()
+    if os.path.lexists(folder):
+        logger.warning("not removed: %s: %s", folder, words[:500].decode(errors="replace"))

@@ -15,6 +15,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MAX_COUNTED = 2000
 FIRST_TIME = 11
 """utime, stime, cutime, cstime in /proc/pid/stat, counted after the name."""
+STARTED = 19
 RESIDENT = 21
 
 
@@ -25,8 +26,12 @@ class Usage:
     """Resident, without what each process shares with the server it was forked from."""
 
 
-def usage_below(server_pid: int) -> Usage:
-    """Of the descendants of a fork server. Processes that end meanwhile count as nothing."""
+def usage_below(server_pid: int, seen_ticks: dict[tuple[int, int], int]) -> Usage:
+    """Of the descendants of a fork server.
+
+    seen_ticks: own CPU time of each process (and when it started) at the last call, for the next call: a process that
+    ended and whose parent ignores that is in nobody's time. What such a process used since it was last seen is lost.
+    """
     baseline = _numbers(server_pid)
     shared = baseline[RESIDENT] if baseline else 0
     ticks = pages = 0
@@ -38,8 +43,10 @@ def usage_below(server_pid: int) -> Usage:
         numbers = _numbers(pid)
         if numbers:
             ticks += sum(numbers[FIRST_TIME : FIRST_TIME + 4])
+            seen_ticks[pid, numbers[STARTED]] = sum(numbers[FIRST_TIME : FIRST_TIME + 2])
             pages += max(0, numbers[RESIDENT] - shared)
             waiting += children_of(pid)
+    ticks = max(ticks, sum(seen_ticks.values()))
     return Usage(ticks / TICKS_PER_SECOND, pages * PAGE_BYTES)
 
 

@@ -23,6 +23,7 @@ ID_BYTES = 16
 MODULE = "solution"
 """Name of the candidate's module, so that what stands under `if __name__ == "__main__"` does not run."""
 MAX_OBJECTS = 100_000
+MESSAGE_CHARACTERS = 2000
 
 
 class Candidate:
@@ -43,7 +44,7 @@ class Candidate:
         try:
             program = compile(code, "solution.py", "exec", dont_inherit=True)
         except (SyntaxError, ValueError) as error:
-            return ["compile", f"{type(error).__name__}: {error}"]
+            return ["compile", f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]]
         sys.modules[MODULE] = self.module
         exec(compile(preamble, "preamble.py", "exec", dont_inherit=True), self.module.__dict__)
         exec(program, self.module.__dict__)
@@ -101,7 +102,7 @@ def _builtin_bases(error: BaseException) -> list[str]:
 
 def _message(error: BaseException) -> str:
     text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
-    return text[:2000]
+    return text[:MESSAGE_CHARACTERS]
 
 
 def serve(descriptor: int) -> None:

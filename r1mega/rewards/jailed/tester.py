@@ -21,6 +21,8 @@ from r1mega.rewards.jailed.plain_data import Handle, PlainDataError, decode, enc
 
 SEED = 0
 """Of `random`: the same candidate gets the same tests."""
+NAME_CHARACTERS = 100
+MESSAGE_CHARACTERS = 500
 
 
 ENDS_OF_LOOPS = (StopIteration, StopAsyncIteration)
@@ -184,8 +186,16 @@ class Sites:
 def _described(error: BaseException) -> tuple[str, str, str]:
     name = type(error).__name__
     if hasattr(error, "candidate_bases"):
-        return "raised", (error.candidate_bases or [name])[0], str(error)[:500]
-    return "wrong" if isinstance(error, AssertionError) else "error", name, str(error)[:500]
+        return "raised", (error.candidate_bases or [name])[0][:NAME_CHARACTERS], _message(error)
+    return "wrong" if isinstance(error, AssertionError) else "error", name, _message(error)
+
+
+def _message(error: BaseException) -> str:
+    """Shortened; an answer that a test puts into its message may have no text, as an integer of 5000 digits."""
+    try:
+        return str(error)[:MESSAGE_CHARACTERS]
+    except Exception as without:
+        return f"no text: {type(without).__name__}"
 
 
 def statement(function: Any) -> Any:
