@@ -1,4 +1,4 @@
-"""How much of a slow reward a step hides: every other step has a reward that takes two seconds per output.
+"""How much of a slow reward a step hides: half of the steps have a reward that takes two seconds per output.
 
 The reward waits and computes nothing, as a remote code executor would; it runs for every output at once. The
 last output's reward begins when generation ends, so what can hide it is the reference model's forward pass:
@@ -71,7 +71,7 @@ async def _steps(
         job = await ReinforcementLearning.start(config, directory, prompts, scorer, Console())
         try:
             for number in range(WARM_STEPS + 2 * pairs):
-                slow.seconds = LATENCY_SECONDS if (number - WARM_STEPS) % 2 == 0 else 0.0
+                slow.seconds = LATENCY_SECONDS if (number - WARM_STEPS) % 4 in (0, 3) else 0.0  # drift cancels
                 _, metrics = await job.one_rollout()
                 if number >= WARM_STEPS:
                     steps.append((slow.seconds, metrics))
