@@ -71,7 +71,8 @@ async def _steps(
         job = await ReinforcementLearning.start(config, directory, prompts, scorer, Console())
         try:
             for number in range(WARM_STEPS + 2 * pairs):
-                slow.seconds = LATENCY_SECONDS if (number - WARM_STEPS) % 4 in (0, 3) else 0.0  # drift cancels
+                with_it = (number - WARM_STEPS) % 4 in (0, 3)  # drift cancels
+                slow.seconds = LATENCY_SECONDS if with_it else 0.0
                 _, metrics = await job.one_rollout()
                 if number >= WARM_STEPS:
                     steps.append((slow.seconds, metrics))
