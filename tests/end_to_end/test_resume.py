@@ -81,7 +81,9 @@ def test_more_steps_continue_a_finished_run(rl_run: WholeRun, tmp_path: Path) ->
     shutil.copytree(rl_run.directory, directory)
     with started(*rl_run.arguments, f"dir={directory}", "num_steps=6", scratch=tmp_path) as run:
         run.wait_for(lambda: run.says("resuming from"))
+        run.signal(signal.SIGSTOP)  # it must still run when the second one looks
         second = r1mega(*rl_run.arguments, f"dir={directory}", "num_steps=6", scratch=tmp_path)
+        run.signal(signal.SIGCONT)
         assert second.code == 2, second.err
         assert "another run is using this directory" in second.message
         finished = run.wait()
