@@ -72,7 +72,7 @@ setup(
     packages=find_packages(include=["r1mega", "r1mega.*"])
     + find_packages(where="kernels", include=["r1mega_kernels", "r1mega_kernels.*"]),
     package_dir={"r1mega": "r1mega", "r1mega_kernels": "kernels/r1mega_kernels"},
-    package_data={"r1mega": ["report_page/*"]},
+    package_data={"r1mega": ["report_page/*", "parallel/searched/*.json"]},
     ext_modules=[cpu_extension(), *CUDA],
     cmdclass={"build_ext": build_command(CUDA)},
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},

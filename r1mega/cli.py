@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     bench = commands.add_parser("bench", help="measure the system on this machine")
-    bench.add_argument("what", choices=["step", "rewards", "packing", "linear_logprob", "all"])
+    bench.add_argument("what", choices=["step", "rewards", "schedule", "packing", "linear_logprob", "all"])
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
     bench.add_argument(
         "--responses",
@@ -86,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
         help="rewards: only these (math, jail, code, text, judge, suites, training, overlap)",
     )
     bench.add_argument("--shared", metavar="DIR", help="rewards: folder whose data/ has the labelled sets")
+    bench.add_argument(
+        "--order", default="dualpipev", metavar="NAME", help="schedule: the order to draw or to print"
+    )
+    bench.add_argument(
+        "--ranks", type=int, default=8, metavar="P", help="schedule: pipeline ranks of that order"
+    )
+    bench.add_argument("--micro-batches", type=int, default=16, metavar="M", help="schedule: of that order")
+    bench.add_argument("--svg", metavar="FILE", help="schedule: draw the order instead of the tables")
+    bench.add_argument("--trace", metavar="FILE", help="schedule: write the order as a Chrome trace")
+    bench.add_argument("--print", dest="show", action="store_true", help="schedule: print the order")
     bench.set_defaults(command=_bench)
     return parser
 
@@ -159,7 +169,15 @@ def _bench(options: argparse.Namespace) -> int:
     from r1mega import bench
 
     parts = [part for part in options.parts.split(",") if part]
-    bench.run(options.what, options.json, options.responses, parts=parts, shared=options.shared)
+    drawing = ("order", "ranks", "micro_batches", "svg", "trace", "show")
+    bench.run(
+        options.what,
+        options.json,
+        options.responses,
+        parts=parts,
+        shared=options.shared,
+        drawing={name: getattr(options, name) for name in drawing},
+    )
     return 0
 
 

@@ -82,7 +82,10 @@ class DataConfig:
 class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
+    schedule: str = "dualpipev"
+    """Order of a pipeline's work: "dualpipev" | "zb-v" | "1f1b" | "zb1p" | "interleaved" (parallel/dualpipe.py)."""
     virtual_pipeline: int = 1
+    """Stages of each rank under "interleaved"; the V placements of "dualpipev" and "zb-v" always have two."""
     expert: int = 1
     expert_tensor: int = 1
     context: int = 1
@@ -259,6 +262,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
     """Checkpoints kept; the newest complete one resumes the run."""
+    background: bool = True
+    """Go on training while the files are written; costs a copy in host memory of what a rank writes."""
+    offload: str = "none"
+    """Where the trainer's weights, gradients and optimizer go while the engines sample: "none" | "host" | a folder."""
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ def detect(name: str = "auto") -> Platform:
     return CUDA if name == "cuda" or (name == "auto" and has_gpu) else CPU
 
 
+def has_tags(group: dist.ProcessGroup) -> bool:
+    """Whether messages of one group are told apart by their tags; NCCL knows only their order."""
+    return dist.get_backend(group) != CUDA.collectives
+
+
 def has_transformer_engine() -> bool:
     """Whether Megatron-core will find Transformer Engine."""
     return importlib.util.find_spec("transformer_engine") is not None

@@ -2,6 +2,7 @@
 
 step             one reinforcement-learning step, phase by phase, beside vLLM alone and transformers alone
 rewards          every reward: throughput, latency, verdicts, beside its goals
+schedule         pipeline orders: makespans, searched orders, DeepSeek-V3's step, pictures; nothing is timed
 packing          a million sequences into chunks (r1mega_kernels/packing)
 linear_logprob   the fused head (r1mega_kernels/linear_logprob)
 """
@@ -13,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,18 @@ def run(
     *,
     parts: Sequence[str] = (),
     shared: str | None = None,
+    drawing: Mapping[str, Any] | None = None,
 ) -> None:
     """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`."""
     if responses not in RESPONSES:
         raise ConfigError(f"--responses {responses}: it is one of {', '.join(RESPONSES)}")
-    chosen = ["step", "rewards", *KERNEL_BENCHES] if what == "all" else [what]
+    chosen = ["step", "rewards", "schedule", *KERNEL_BENCHES] if what == "all" else [what]
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen:
         if name == "step":
             results[name] = _step(responses)
+        elif name == "schedule":
+            results[name] = _schedule(drawing or {})
         else:
             results[name] = _rewards(parts, shared, json_path) if name == "rewards" else _kernel(name)
         if json_path:
@@ -62,6 +66,12 @@ def _rewards(parts: Sequence[str], shared: str | None, json_path: str | None) ->
     from r1mega.bench import rewards
 
     return rewards.run(parts, shared, Path(json_path).with_suffix(".trace.json") if json_path else None)
+
+
+def _schedule(drawing: Mapping[str, Any]) -> dict[str, Any]:
+    from r1mega.bench import schedules
+
+    return schedules.run(schedules.Picture(**drawing))
 
 
 def _kernel(name: str) -> Any:

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from r1mega.parallel.weight_gradients import collector_of
 from r1mega.platforms import parameter_device
 
 
@@ -99,16 +100,59 @@ class GroupedExperts(MegatronModule):
 
 
 def _grouped_linear(rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """Row n times the weight of its expert: expert e has rows up to offsets_E[e]. Returns [N, O].
+    """Row n times the weight of its expert: expert e has rows up to offsets_E[e]. Returns [N, O]."""
+    return _GroupedLinear.apply(rows_NI, weight_EOI, offsets_E)
 
-    torch's grouped product wants every row to start on 16 bytes; odd sizes go one expert at a time.
-    """
-    if all(size * rows_NI.element_size() % 16 == 0 for size in weight_EOI.shape[1:]):
-        return torch._grouped_mm(rows_NI, weight_EOI.mT, offs=offsets_E)
-    counts = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
-    return torch.cat(
-        [F.linear(rows, weight) for rows, weight in zip(rows_NI.split(counts), weight_EOI, strict=True)]
-    )
+
+class _GroupedLinear(torch.autograd.Function):
+    """The weight's gradient can be put off (parallel/weight_gradients.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_NI, weight_EOI, offsets_E)
+        return _grouped_product(rows_NI, weight_EOI.mT, offsets_E)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_NI, weight_EOI, offsets_E = ctx.saved_tensors
+        gradient_NO = gradient_NO.contiguous()
+
+        def weight_gradient() -> Tensor:
+            return _grouped_outer_product(rows_NI, gradient_NO, offsets_E)
+
+        gradient_EOI = None
+        if ctx.needs_input_grad[1]:
+            collector = collector_of(weight_EOI)
+            if collector is None:
+                gradient_EOI = weight_gradient()
+            else:
+                collector.add(weight_EOI, weight_gradient)
+        return _grouped_product(gradient_NO, weight_EOI, offsets_E), gradient_EOI, None
+
+
+def _grouped_product(rows_NI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    """[N, O]. torch's grouped product wants every row to start on 16 bytes; odd sizes go one expert at a time."""
+    if _is_aligned(rows_NI, *weight_EIO.shape[1:]):
+        return torch._grouped_mm(rows_NI, weight_EIO, offs=offsets_E)
+    parts = zip(rows_NI.split(_counts(offsets_E)), weight_EIO, strict=True)
+    return torch.cat([rows @ weight for rows, weight in parts])
+
+
+def _grouped_outer_product(rows_NI: Tensor, gradient_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    """[E, O, I]: for each expert the sum over its rows of gradient x row."""
+    if _is_aligned(rows_NI, rows_NI.shape[1], gradient_NO.shape[1]):
+        return torch._grouped_mm(rows_NI.mT, gradient_NO, offs=offsets_E).mT
+    counts = _counts(offsets_E)
+    parts = zip(rows_NI.split(counts), gradient_NO.split(counts), strict=True)
+    return torch.stack([gradient.mT @ rows for rows, gradient in parts])
+
+
+def _is_aligned(tensor: Tensor, *sizes: int) -> bool:
+    return all(size * tensor.element_size() % 16 == 0 for size in sizes)
+
+
+def _counts(offsets_E: Tensor) -> list[int]:
+    return offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
 
 
 class GroupLimitedRouter(TopKRouter):

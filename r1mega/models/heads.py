@@ -22,8 +22,10 @@ from torch import Tensor
 
 from r1mega.config import ModelConfig, ParallelConfig
 from r1mega.models import hf_weights
-from r1mega.models.trunk import Trunk, assemble, initialise
+from r1mega.models.attention import packed_sequences
+from r1mega.models.trunk import Hidden, Trunk, assemble, initialise
 from r1mega.models.weight_table import Weight
+from r1mega.parallel.stages import StagePart
 from r1mega.platforms import parameter_device
 from r1mega.samples import PackedBatch
 
@@ -61,15 +63,26 @@ class ScalarModel(Trunk):
 
     score: ScalarHead
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """float32 [T]: one number for every token. T must be a multiple of the tensor axis."""
-        return self.score(self.hidden_states(batch))
+    def forward(self, batch: PackedBatch, hidden: Hidden | None = None) -> Any:
+        """float32 [T]: one number for every token. T must be a multiple of the tensor axis.
+
+        A pipeline stage but the first takes what the one before gave, and all but the last give Hidden.
+        """
+        states = self._decode(batch.tokens_T, packed_sequences(batch.cu_seqlens_S), hidden)
+        return self.score(self._whole(states)) if self.part.last else Hidden(states)
 
 
 def build_scalar_model(
-    hf_config: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, seed: int
+    hf_config: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    seed: int,
+    part: StagePart | None = None,
 ) -> ScalarModel:
     """The scalar model on the trunk that a config.json describes (of a language model or of a scalar one).
+
+    part: a pipeline stage's; None builds the whole model.
 
     Weights start as `trunk.initialise` says, with the head at zero. `hf_config` of the result is the config.json
     to write. Raises ValueError as `language_model.build_model` does, and for a multi-token-prediction loss.
@@ -78,9 +91,13 @@ def build_scalar_model(
         raise ValueError(
             f"model.mtp_loss_weight={model.mtp_loss_weight}: a model with a scalar head predicts no tokens; take 0"
         )
-    built = assemble(ScalarModel, classification_config(hf_config), model, parallel, vocabulary_head=False)
-    built.score = ScalarHead(built.config.hidden_size)
-    built.weight_table.append(Weight(HEAD, (HEAD,), "whole", constant=0.0))
+    config = classification_config(hf_config)
+    built = assemble(ScalarModel, config, model, parallel, vocabulary_head=False, part=part)
+    head = Weight(HEAD, (HEAD,), "whole", constant=0.0)
+    built.all_weights.append(head)
+    if built.part.last:
+        built.score = ScalarHead(built.config.hidden_size)
+        built.weight_table.append(head)
     initialise(built, model.init, seed)
     return built
 

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor
 from r1mega.models.hf_config import load_hf_config
 from r1mega.models.weight_table import Region, Weight, regions
 from r1mega.parallel.mesh import Mesh, current_mesh
+from r1mega.platforms import parameter_device
 
 if TYPE_CHECKING:
     from r1mega.models.trunk import Trunk
@@ -64,14 +65,10 @@ def fill_with_nan(model: Trunk) -> None:
         tensors[weight.parameter].fill_(float("nan"))
 
 
-def _held(
-    model: Trunk, mesh: Mesh, tensors: Mapping[str, Tensor] | None = None
-) -> Iterator[tuple[Weight, Region, Tensor]]:
+def _held(model: Trunk, mesh: Mesh) -> Iterator[tuple[Weight, Region, Tensor]]:
     """Every HF tensor this process holds a part of: its row, the region, and the part itself (a view)."""
-    tensors = tensors_of(model) if tensors is None else tensors
+    tensors = tensors_of(model)
     for weight in model.weight_table:
-        if weight.parameter not in tensors:
-            continue
         parameter = tensors[weight.parameter]
         for region in regions(weight, tuple(parameter.shape), mesh):
             yield weight, region, region.of(parameter)
@@ -145,8 +142,8 @@ def _check_names(
 ) -> None:
     experts = range(model.hf_config.get("n_routed_experts") or 0)
     expected: set[str] = set()
-    allowed: set[str] = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
-    for weight in model.weight_table:
+    allowed: set[str] = {"lm_head.weight"} if model.hf_config.get("tie_word_embeddings") else set()
+    for weight in model.all_weights:
         allowed.update(weight.copies)
         for name in weight.hf:
             expected.update([name.format(expert=e) for e in experts] if "{expert}" in name else [name])
@@ -183,31 +180,94 @@ def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> Non
 # ---------------------------------------------------------------- export and sync
 
 
+Stages: TypeAlias = "Trunk | Sequence[Trunk]"
+"""A model, or the stages of a pipeline that lie in this process."""
+
+
 def named_hf_tensors(
-    model: Trunk, tensors: Mapping[str, Tensor] | None = None
+    model: Stages, tensors: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, whole, under its HF name, in the same order on every rank.
 
-    `tensors` replaces the model's own by others of their names and shapes (gradients, optimizer state); names
-    it lacks, on every rank alike, are left out.
+    `tensors` replaces the model's own (of each stage its own) by others of their names and shapes (gradients,
+    optimizer state); names it lacks, on every rank alike, are left out.
 
-    A collective over the tensor, expert and expert_tensor axes: every rank must exhaust it. Tensors are
+    A collective over the tensor, expert, expert_tensor and pipeline axes: every rank must exhaust it. Tensors are
     contiguous, have the model's dtype (the router's correction bias and a scalar head float32) and may share the parameters'
     memory: copy what must outlive the next optimizer step.
     """
     mesh = current_mesh()
-    for weight, region, part in _held(model, mesh, tensors):
-        whole = _whole(part.reshape(region.shape), region, mesh)
-        if not weight.kind.startswith("expert") or mesh.expert_size == 1:
-            yield region.hf_name, whole
+    stages = stages_of(model)
+    given = [tensors] if isinstance(tensors, Mapping) else tensors or [tensors_of(s) for s in stages]
+    mine = {
+        stage.name_in_model(name): tensor.detach()
+        for stage, held in zip(stages, given, strict=True)
+        for name, tensor in held.items()
+        if name != stage.copy_of_embedding
+    }
+    homes = _homes(mine, mesh)
+    for weight in stages[0].all_weights:
+        if weight.parameter not in homes:
+            continue
+        home, shape, dtype = homes[weight.parameter]
+        if home == mesh.pipeline_rank:
+            named = _gathered(weight, mine[weight.parameter], stages[0], mesh)
+        else:
+            named = _blank(weight, shape, dtype, stages[0], mesh)
+        for name, whole in named:
+            if mesh.pipeline_size > 1:
+                dist.broadcast(whole, group=mesh.pipeline_group, group_src=home)
+            yield name, whole
             for copy in weight.copies:
                 yield copy, whole
-            continue
-        experts = _gather(whole, mesh.expert_group)
-        here = _expert_number(region.hf_name)
-        for rank, tensor in enumerate(experts):
-            number = here + (rank - mesh.expert_rank) * _experts_per_rank(model, mesh)
-            yield region.hf_name.replace(f".experts.{here}.", f".experts.{number}."), tensor
+
+
+def stages_of(model: Stages) -> list[Trunk]:
+    return [model] if isinstance(model, torch.nn.Module) else list(model)
+
+
+Home = tuple[int, tuple[int, ...], torch.dtype]
+
+
+def _homes(mine: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Home]:
+    """Parameter -> (pipeline rank, shape, dtype) of what lies there."""
+    own = {name: (mesh.pipeline_rank, tuple(t.shape), t.dtype) for name, t in mine.items()}
+    if mesh.pipeline_size == 1:
+        return own
+    everywhere: list[Any] = [None] * mesh.pipeline_size
+    dist.all_gather_object(everywhere, own, group=mesh.pipeline_group)
+    return {name: home for rank in everywhere for name, home in rank.items()}
+
+
+def _gathered(weight: Weight, parameter: Tensor, model: Trunk, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    for region in regions(weight, tuple(parameter.shape), mesh):
+        whole = _whole(region.of(parameter).reshape(region.shape), region, mesh)
+        if not weight.kind.startswith("expert") or mesh.expert_size == 1:
+            yield region.hf_name, whole
+        else:
+            yield from zip(_expert_names(region, model, mesh), _gather(whole, mesh.expert_group), strict=True)
+
+
+def _blank(
+    weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, model: Trunk, mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
+    """Memory for what `_gathered` yields in another pipeline rank, which has a parameter of this shape."""
+    for region in regions(weight, shape, mesh):
+        spread = weight.kind.startswith("expert") and mesh.expert_size > 1
+        for name in _expert_names(region, model, mesh) if spread else [region.hf_name]:
+            yield name, torch.empty(region.hf_shape, dtype=dtype, device=parameter_device())
+
+
+def _expert_names(region: Region, model: Trunk, mesh: Mesh) -> list[str]:
+    """Of the same region in every expert rank."""
+    here = int(region.hf_name.split(".experts.")[1].split(".")[0])
+    per_rank = model.hf_config["n_routed_experts"] // mesh.expert_size
+    return [
+        region.hf_name.replace(
+            f".experts.{here}.", f".experts.{here + (rank - mesh.expert_rank) * per_rank}."
+        )
+        for rank in range(mesh.expert_size)
+    ]
 
 
 def _whole(part: Tensor, region: Region, mesh: Mesh) -> Tensor:
@@ -222,16 +282,8 @@ def _gather(part: Tensor, group: Any) -> list[Tensor]:
     return parts
 
 
-def _expert_number(hf_name: str) -> int:
-    return int(hf_name.split(".experts.")[1].split(".")[0])
-
-
-def _experts_per_rank(model: Trunk, mesh: Mesh) -> int:
-    return model.hf_config["n_routed_experts"] // mesh.expert_size
-
-
 def export_hf(
-    model: Trunk, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = 5 * 10**9
+    model: Stages, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Write a Hugging Face model directory that transformers and vLLM load; a collective, rank 0 writes.
 
@@ -249,7 +301,7 @@ def export_hf(
     try:
         _write_shards(named_hf_tensors(model), scratch, max_shard_bytes)
         if scratch is not None:
-            _write_config(model, scratch)
+            _write_config(stages_of(model)[0], scratch)
             _copy_small_files(Path(source_dir), scratch)
             _replace_directory(scratch, path)
     finally:

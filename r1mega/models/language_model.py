@@ -15,7 +15,8 @@ from torch import Tensor
 
 from r1mega.config import ModelConfig, ParallelConfig
 from r1mega.models.attention import PackedSequences, packed_sequences
-from r1mega.models.trunk import Trunk, assemble, initialise
+from r1mega.models.trunk import Hidden, Trunk, assemble, initialise
+from r1mega.parallel.stages import StagePart
 from r1mega.samples import PackedBatch
 from r1mega_kernels.linear_logprob import linear_logprob
 
@@ -37,14 +38,32 @@ class LanguageModel(Trunk):
     mtp_loss_weight: float
 
     def forward(
-        self, batch: PackedBatch, *, temperature: float = 1.0, need_entropy: bool = True
-    ) -> TokenOutputs:
-        """Log-prob and entropy of every target. T must be a multiple of the tensor axis (pack's `align`).
+        self,
+        batch: PackedBatch,
+        hidden: Hidden | None = None,
+        *,
+        temperature: float = 1.0,
+        need_entropy: bool = True,
+    ) -> Any:
+        """TokenOutputs: log-prob and entropy of every target. T must be a multiple of the tensor axis (pack's `align`).
 
-        Without `need_entropy` the entropy carries no gradient.
+        Without `need_entropy` the entropy carries no gradient. A pipeline stage but the first takes what the one before
+        gave, and all but the last give Hidden.
         """
         packed = packed_sequences(batch.cu_seqlens_S)
-        hidden = self._decode(batch.tokens_T, packed)
+        states = self._decode(batch.tokens_T, packed, hidden)
+        if not self.part.last:
+            return Hidden(states)
+        return self._token_outputs(states, batch, packed, temperature, need_entropy)
+
+    def _token_outputs(
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        packed: PackedSequences,
+        temperature: float,
+        need_entropy: bool,
+    ) -> TokenOutputs:
         head_VD = self._head()
         logprobs_T, entropy_T = self._logprobs(hidden, head_VD, batch.targets_T, temperature)
         mtp_loss_sum = None
@@ -53,8 +72,8 @@ class LanguageModel(Trunk):
         return TokenOutputs(logprobs_T, entropy_T if need_entropy else entropy_T.detach(), mtp_loss_sum)
 
     def _head(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
+        if self.share_embeddings_and_output_weights and not self.copy_of_embedding:
+            return self.embedding.word_embeddings.weight
         return self.output_layer.weight
 
     def _logprobs(
@@ -99,16 +118,21 @@ class LanguageModel(Trunk):
 
 
 def build_model(
-    hf_config: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, seed: int
+    hf_config: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    seed: int,
+    part: StagePart | None = None,
 ) -> LanguageModel:
-    """The model that a config.json describes, on the mesh that `init_mesh(parallel)` made.
+    """The model that a config.json describes, on the mesh that `init_mesh(parallel)` made; or a stage's part of it.
 
     model.init == "random" draws weights from `initializer_range` and `seed`, the same in every layout.
     "checkpoint" leaves NaN everywhere: `hf_weights.import_hf` or a checkpoint must follow.
 
     Raises ValueError for an unsupported architecture or option, or a layout that cannot divide the model.
     """
-    built = assemble(LanguageModel, hf_config, model, parallel, vocabulary_head=True)
+    built = assemble(LanguageModel, hf_config, model, parallel, vocabulary_head=True, part=part)
     built.mtp_loss_weight = model.mtp_loss_weight
     if built.mtp_process and not model.mtp_loss_weight:
         built.mtp.requires_grad_(False)  # weight decay must not move what no loss trains

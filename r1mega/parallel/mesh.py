@@ -1,9 +1,9 @@
 """The trainer's mesh: which axes divide the model and the data, and this process's place on them.
 
-Ranks follow Megatron-core's order, tensor innermost, then data: rank = data_rank * tensor + tensor_rank.
-Experts have a mesh of their own over the same processes: expert_tensor innermost, then expert, then the
-expert's data axis. V3 trained with PP16 x EP64 x ZeRO-1 and no tensor axis; here the axes tensor, expert,
-expert_tensor and data are supported, the others refused.
+Ranks follow Megatron-core's order, tensor innermost, then data, then pipeline:
+rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank. Experts have a mesh of their own over the processes of
+one pipeline rank: expert_tensor innermost, then expert, then the expert's data axis. V3 trained with PP16 x EP64 x
+ZeRO-1 and no tensor axis; here all axes but context are supported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.config import ParallelConfig
+from r1mega.platforms import has_tags
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Mesh:
     tensor_size: int
     data_rank: int
     data_size: int
+    pipeline_rank: int
+    pipeline_size: int
     expert_rank: int
     expert_size: int
     expert_tensor_rank: int
@@ -33,9 +36,36 @@ class Mesh:
     expert_data_size: int
     tensor_group: Any
     data_group: Any
+    pipeline_group: Any
     expert_group: Any
     expert_tensor_group: Any
     expert_data_group: Any
+
+    def channel(self, sender: int, receiver: int) -> Any:
+        """The process group for messages from one pipeline rank to a neighbour.
+
+        Where messages have no tags (GPUs) their order is all that tells them apart, so there each direction of each pair
+        has a communicator of its own.
+        """
+        return _channels.get((sender, receiver), self.pipeline_group)
+
+
+_channels: dict[tuple[int, int], Any] = {}
+"""(sending, receiving pipeline rank) -> process group, of this process's pipeline."""
+
+
+def _make_channels(pipeline_group: Any) -> None:
+    """In the same order in all ranks: each call waits for the other member."""
+    _channels.clear()
+    size = pipeline_group.size()
+    if size == 1 or has_tags(pipeline_group):
+        return
+    ranks = dist.get_process_group_ranks(pipeline_group)
+    neighbours = {pair for r in range(size) for pair in ((r, (r + 1) % size), ((r + 1) % size, r))}
+    for sender, receiver in sorted(neighbours):
+        if pipeline_group.rank() in (sender, receiver):
+            members = [ranks[sender], ranks[receiver]]
+            _channels[sender, receiver] = dist.new_group(members, use_local_synchronization=True)
 
 
 def _nearest(size: int, legal: list[int]) -> str:
@@ -55,24 +85,16 @@ def check_mesh(parallel: ParallelConfig, hf_config: dict[str, Any] | None) -> No
     """
     for field in fields(parallel):
         value = getattr(parallel, field.name)
-        if not isinstance(value, bool) and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"parallel.{field.name}={value}: every axis has at least one rank")
-    if parallel.virtual_pipeline > 1:
-        raise ValueError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: Megatron's interleaved schedule is silently"
-            " wrong without overlapped point-to-point communication; take parallel.virtual_pipeline=1"
-        )
+    _check_pipeline(parallel, hf_config)
     if parallel.context > 1 and hf_config is not None and _mtp_depth(hf_config):
         raise ValueError(
             f"parallel.context={parallel.context} with a multi-token-prediction layer"
             f" (num_nextn_predict_layers={_mtp_depth(hf_config)}) gives wrong losses; take parallel.context=1"
         )
-    for name in ("pipeline", "context"):
-        if getattr(parallel, name) > 1:
-            raise ValueError(
-                f"parallel.{name}={getattr(parallel, name)}: not supported yet, only tensor, expert and data"
-                f" axes are; take parallel.{name}=1"
-            )
+    if parallel.context > 1:
+        raise ValueError(f"parallel.context={parallel.context}: not supported yet; take parallel.context=1")
     processes = parallel.tensor * parallel.data
     expert_processes = parallel.expert * parallel.expert_tensor
     if processes % expert_processes:
@@ -84,6 +106,38 @@ def check_mesh(parallel: ParallelConfig, hf_config: dict[str, Any] | None) -> No
         )
     if hf_config is not None:
         _check_model(parallel, hf_config)
+
+
+def _check_pipeline(parallel: ParallelConfig, hf_config: dict[str, Any] | None) -> None:
+    """The stages that parallel.schedule makes, and the layers that fill them."""
+    chunks = parallel.virtual_pipeline
+    if parallel.schedule == "interleaved" and parallel.pipeline > 1 and chunks < 2:
+        raise ValueError(
+            'parallel.schedule="interleaved" with parallel.virtual_pipeline=1: each rank needs at least two stages;'
+            " the nearest legal choice is parallel.virtual_pipeline=2"
+        )
+    if chunks > 1 and (parallel.schedule != "interleaved" or parallel.pipeline == 1):
+        raise ValueError(
+            f'parallel.virtual_pipeline={chunks}: only a pipeline under parallel.schedule="interleaved" divides'
+            " its ranks so; take parallel.virtual_pipeline=1"
+        )
+    layers = hf_config and hf_config["num_hidden_layers"]
+    stages = num_stages(parallel)
+    if layers and stages > layers:
+        per_rank = stages // parallel.pipeline
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} makes {stages} stages ({per_rank} in each rank) of"
+            f" {layers} layers; {_nearest(parallel.pipeline, list(range(1, max(1, layers // per_rank) + 1)))}"
+        )
+
+
+def num_stages(parallel: ParallelConfig) -> int:
+    """Stages of the pipeline, in all ranks."""
+    if parallel.pipeline == 1:
+        return 1
+    return parallel.pipeline * {"interleaved": parallel.virtual_pipeline, "1f1b": 1, "zb1p": 1}.get(
+        parallel.schedule, 2
+    )
 
 
 def _mtp_depth(hf_config: dict[str, Any]) -> int:
@@ -138,24 +192,32 @@ def _check_model(parallel: ParallelConfig, hf: dict[str, Any]) -> None:
 def init_mesh(parallel: ParallelConfig, *, seed: int = 1) -> Mesh:
     """Divide the default process group into the axes and seed the random states of each.
 
-    torch.distributed must be initialised, with tensor * data processes, and the platform must have prepared
-    Megatron.
+    torch.distributed must be initialised, with tensor * data * pipeline processes, and the platform must have
+    prepared Megatron.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     check_mesh(parallel, None)
-    expected = parallel.tensor * parallel.data
+    expected = parallel.tensor * parallel.data * parallel.pipeline
     if dist.get_world_size() != expected:
         raise ValueError(
-            f"parallel.tensor={parallel.tensor} * parallel.data={parallel.data} needs {expected} processes,"
-            f" but {dist.get_world_size()} run"
+            f"parallel.tensor={parallel.tensor} * parallel.data={parallel.data} *"
+            f" parallel.pipeline={parallel.pipeline} needs {expected} processes, but {dist.get_world_size()} run"
         )
+
+    def first(ranks: list[int], _split: int | None = None) -> list[int]:
+        return ranks[:1]  # gradients of shared embeddings are summed by pipeline.py, not by Megatron
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        get_embedding_ranks=first,
+        get_position_embedding_ranks=first,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
     )
+    _make_channels(parallel_state.get_pipeline_model_parallel_group())
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return current_mesh()
@@ -168,6 +230,7 @@ def current_mesh() -> Mesh:
     groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "data": parallel_state.get_data_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "expert": parallel_state.get_expert_model_parallel_group(),
         "expert_tensor": parallel_state.get_expert_tensor_parallel_group(),
         "expert_data": parallel_state.get_expert_data_parallel_group(),
@@ -185,3 +248,4 @@ def destroy_mesh() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    _channels.clear()

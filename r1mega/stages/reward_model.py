@@ -95,6 +95,7 @@ async def _train(
     after = await _evaluate(trainer, examples.heldout, config)
     console.phase("writing the Hugging Face checkpoint")
     await trainer.call("export", str(directory.hf))
+    await trainer.call("finish_save")
     Reading.of(config).write(directory.hf)
     trainer.kill()
     results = directory.add_results(finished=True, steps=step, after={"heldout": _entry(after)})

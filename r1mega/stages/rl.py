@@ -214,8 +214,10 @@ class ReinforcementLearning:
         config, began = self.config, time.monotonic()
         prompts = tell_apart(self.stream.take(config.questions_per_rollout))
         async with self.scorer.begin(self._generate(prompts)) as scoring:
+            moved = await self._offload()
             with self._timed("generate"):
                 rollouts = await scoring.rollouts()
+            await self._onload()
             with self._timed("pack"):
                 plan = plan_samples(rollouts, config, self.step)
                 self._account(rollouts, plan, prompts)
@@ -241,6 +243,7 @@ class ReinforcementLearning:
         return scored, metrics | {
             "zero_std_groups": values.num_zero_std / max(1, values.num_groups),
             "masked_outputs": float(plan.num_masked),
+            **moved,
             "tokens_per_second": tokens / elapsed,
             "samples_per_second": len(scored) / elapsed,
             **{f"time/{name}": seconds for name, seconds in times.items()},
@@ -314,6 +317,18 @@ class ReinforcementLearning:
             self.policy.call("send_weights", self.step), self.engines.receive(self.metadata, self.step)
         )
 
+    async def _offload(self) -> dict[str, float]:
+        """The trainer gives its device up for the time of the sampling; returns rank 0's report."""
+        if self.config.checkpoint.offload == "none":
+            return {}
+        with self._timed("offload"):
+            return (await self.policy.call("offload"))[0]
+
+    async def _onload(self) -> None:
+        if self.config.checkpoint.offload != "none":
+            with self._timed("offload"):
+                await self.policy.call("onload")
+
     async def _save(self) -> None:
         state = {"prompts": self.stream.state()}
         await self.policy.call("save", str(self.directory.checkpoints), self.step, state)
@@ -333,6 +348,7 @@ class ReinforcementLearning:
         after = await self._evaluate("after")
         self.console.phase("writing the Hugging Face checkpoint and the report")
         await self.policy.call("export", str(self.directory.hf))
+        await self.policy.call("finish_save")
         results = self.directory.add_results(after=after.as_dict(), steps=self.step, finished=True)
         show_results(results, after.examples, write_report(self.directory.path), self.directory, self.console)
 

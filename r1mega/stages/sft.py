@@ -83,6 +83,7 @@ async def _train(
                 await trainer.call("save", str(directory.checkpoints), step, {})
     console.phase("writing the Hugging Face checkpoint")
     await trainer.call("export", str(directory.hf))
+    await trainer.call("finish_save")
     trainer.kill()
     directory.add_results(finished=True, steps=step)
     console.result("Hugging Face checkpoint", directory.hf)

@@ -1,126 +1,180 @@
 """Checkpoints of a training run: everything the next step depends on, in Megatron's sharded format.
 
-A checkpoint is a directory `step-00000050/` with the model, the reference model, the optimizer (torch
-distributed format, readable in another layout) and `state.json`. It is written under a temporary name
-and renamed when complete, so a crash during a save leaves the previous one good. Nothing in a step
-draws random numbers in the trainer (no dropout; sampling seeds are functions of step and question),
-so the step number is the whole random state.
+A checkpoint is a directory `step-00000050/`:
+
+__R_0.distcp, .metadata   model, reference model and optimizer, torch's distributed format   common.pt  Adam's step
+state.json, layout.json   step and the caller's data position; the axes' sizes               metadata.json
+checksums.json            of every file, and of every tensor in it (checkpoint_checksums.py)
+
+It can be loaded in another layout than it was saved in, with or without the distributed optimizer
+(checkpoint_optimizer.py). It is written beside the training (checkpoint_writer.py) under a hidden name and renamed
+when complete, so that a crash at any moment leaves the previous one good.
+
+Learning rate and data order are functions of the step and the data position. The trainer draws no random numbers
+today (no dropout; sampling seeds are functions of step and question); its generators are part of the state all the
+same, one for each rank, and are restored where the layout is the same.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from r1mega.training import checkpoint_checksums as checksums
+from r1mega.training import checkpoint_optimizer
+from r1mega.training.checkpoint_checksums import DamagedCheckpoint
 from r1mega.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from r1mega.models.trunk import Trunk
+    from r1mega.training.checkpoint_writer import Background
 
 _NAME = re.compile(r"step-(\d{8})")
+STATE, LAYOUT = "state.json", "layout.json"
 
 
-def _metadata() -> dict[str, Any]:
-    """How Megatron lays out optimizer shards; "fully_reshardable" keeps them readable in any layout."""
-    from megatron.core import parallel_state
+class Saver:
+    """Saves one model, reference and optimizer, one checkpoint at a time. Every method is called on every rank.
 
-    return {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "distrib_optim_sharding_type": "fully_reshardable",
-    }
-
-
-def _sharded_state(
-    model: Trunk, reference: Trunk | None, optimizer: Optimizer, *, loading: bool
-) -> dict[str, Any]:
-    metadata = _metadata()
-    model_state = model.sharded_state_dict(metadata=metadata)
-    state = {
-        "model": model_state,
-        "optimizer": optimizer.megatron.sharded_state_dict(
-            model_state, is_loading=loading, metadata=metadata
-        ),
-    }
-    if reference is not None:
-        state["reference"] = reference.sharded_state_dict(prefix="reference.", metadata=metadata)
-    return state
-
-
-@contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
-    """torch wraps every rank's exception in one that is no Exception, so that few handlers see it."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        raise OSError(f"{what} (rank {rank}: {type(cause).__name__}: {cause})") from error
-
-
-def save(
-    root: Path,
-    step: int,
-    model: Trunk,
-    reference: Trunk | None,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `root/step-…/`, then drop all but the newest `keep`. Called on every rank.
-
-    `state` is small and JSON-ready. Raises OSError (disk full, no permission) with nothing half-written
-    under a final name.
+    model: one chunk, or all that this rank holds of a pipeline.
     """
-    from megatron.core import dist_checkpointing
 
-    final = root / f"step-{step:08d}"
-    partial = root / f".writing-{final.name}"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    try:
-        with _plain_errors(f"{final}: the checkpoint cannot be written"):
-            dist_checkpointing.save(
-                _sharded_state(model, reference, optimizer, loading=False),
-                str(partial),
-                validate_access_integrity=False,
-            )
-        dist.barrier()
-        if first:
-            (partial / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            for old in complete(root)[:-keep]:
-                shutil.rmtree(old)
-    finally:
+    def __init__(
+        self, model: Trunk | Sequence[Trunk], reference: Trunk | Sequence[Trunk] | None, optimizer: Optimizer
+    ):
+        self.model, self.reference, self.optimizer = _chunks(model), _chunks(reference), optimizer
+        self._writer: Background | None = None
+
+    def save(
+        self, root: Path, step: int, state: dict[str, Any], *, keep: int, background: bool = True
+    ) -> Path:
+        """Write `root/step-…/`, then drop all but the newest `keep`. Waits for the save before, if it still runs.
+
+        With `background` the files are written after the return; `check` and `wait` say how it went. `state` is
+        small and JSON-ready. Raises OSError (disk full, no permission) with nothing half-written under a final name.
+        """
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+            FullyParallelSaveStrategyWrapper,
+        )
+
+        from r1mega.training.checkpoint_writer import Background, HostStrategy, Job
+
+        self.wait()
+        texts = {
+            STATE: json.dumps(state | {"step": step}, indent=1),
+            LAYOUT: json.dumps(_layout(), indent=1),
+        }
+        final = root / f"step-{step:08d}"
+        partial = root / f".writing-{final.name}"
+        first = dist.get_rank() == 0
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    return final
+            partial.mkdir(parents=True)
+        dist.barrier()
+        strategy = HostStrategy(copy=background)
+        try:
+            with _plain_errors(f"{final}: the checkpoint cannot be written"):
+                dist_checkpointing.save(
+                    self._sharded_state(loading=False) | {"rng": _sharded_rng()},
+                    str(partial),
+                    FullyParallelSaveStrategyWrapper(strategy, _metadata()["dp_cp_group"]),
+                    validate_access_integrity=False,
+                    async_sharded_save=True,
+                )
+        except BaseException:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        assert strategy.prepared is not None
+        writer, metadata = strategy.prepared
+        self._writer = self._writer or Background()
+        self._writer.start(Job(writer, metadata, partial, final, texts, drop=lambda: complete(root)[:-keep]))
+        if not background:
+            self.wait()
+        return final
+
+    def check(self) -> None:
+        """Raise OSError if the running save has failed; never waits."""
+        if self._writer is not None:
+            self._writer.check()
+
+    def wait(self) -> None:
+        """Until the last save is complete on every rank; raises OSError if it failed."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def load(self, path: Path) -> None:
+        """Read a checkpoint of any layout, after comparing its checksums.
+
+        Raises DamagedCheckpoint, an OSError, before anything changes.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.wait()
+        verify(path)
+        same_layout = json.loads((path / LAYOUT).read_text()) == _layout()
+        with _plain_errors(f"{path}: the checkpoint cannot be read; delete it to use the one before"):
+            wanted = self._sharded_state(loading=True)
+            if same_layout:
+                wanted["rng"] = _sharded_rng()
+            state = dist_checkpointing.load(wanted, str(path))
+        for role, chunks in (("model", self.model), ("reference", self.reference)):
+            for index, chunk in enumerate(chunks):
+                chunk.load_state_dict(
+                    {key.removeprefix("reference."): v for key, v in state[f"{role}{index}"].items()}
+                )
+        checkpoint_optimizer.restore(self.optimizer.parts, state["optimizer"], state["adam_step"])
+        if same_layout:
+            _restore_rng(state["rng"])
+
+    def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        metadata = _metadata()
+        state: dict[str, Any] = {
+            f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+            for index, chunk in enumerate(self.model)
+        }
+        state["optimizer"] = checkpoint_optimizer.sharded_state(
+            self.optimizer.parts, dict(state), loading=loading
+        )
+        for index, chunk in enumerate(self.reference):
+            state[f"reference{index}"] = chunk.sharded_state_dict(prefix="reference.", metadata=metadata)
+        if not loading:
+            state["adam_step"] = checkpoint_optimizer.step_count(self.optimizer.parts)
+        return state
 
 
-def load(path: Path, model: Trunk, reference: Trunk | None, optimizer: Optimizer) -> None:
-    """Read a checkpoint into a model of any layout. Called on every rank. Raises OSError when it is damaged."""
-    from megatron.core import dist_checkpointing
+def verify(path: Path) -> None:
+    """Compare every file with its checksums, shared over the ranks; each raises the same DamagedCheckpoint.
 
-    with _plain_errors(f"{path}: the checkpoint cannot be read; delete it to use the one before"):
-        state = dist_checkpointing.load(_sharded_state(model, reference, optimizer, loading=True), str(path))
-    model.load_state_dict(state["model"])
-    optimizer.megatron.load_state_dict(state["optimizer"])
-    if reference is not None:
-        reference.load_state_dict({k.removeprefix("reference."): v for k, v in state["reference"].items()})
+    A checkpoint that is whole is read once more by this than by its loading.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    complaint = None
+    try:
+        for index, (name, pieces) in enumerate(checksums.by_file(checksums.read(path)).items()):
+            if index % ranks == rank:
+                checksums.verify_file(path, name, pieces)
+    except OSError as error:
+        complaint = str(error)
+    complaints = [complaint]
+    if ranks > 1:
+        complaints = [None] * ranks
+        dist.all_gather_object(complaints, complaint)
+    for text in complaints:
+        if text is not None:
+            raise DamagedCheckpoint(text)
 
 
 def complete(root: Path) -> list[Path]:
@@ -131,11 +185,72 @@ def complete(root: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The small state saved with the checkpoint; raises ValueError if it cannot be read."""
-    file = path / "state.json"
+    """The small state saved with the checkpoint; raises DamagedCheckpoint where it is not as it was written."""
+    checksums.verify_file(path, STATE, checksums.by_file(checksums.read(path))[STATE])
+    return json.loads((path / STATE).read_text())
+
+
+def _chunks(model: Trunk | Sequence[Trunk] | None) -> list[Trunk]:
+    if model is None:
+        return []
+    return list(model) if isinstance(model, Sequence) else [model]
+
+
+def _metadata() -> dict[str, Any]:
+    """What the model's sharded state asks of the layout: the ranks that hold the same parameters."""
+    from megatron.core import parallel_state
+
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "singleton_local_shards": False,
+    }
+
+
+def _layout() -> dict[str, int]:
+    """The axes' sizes: whether a rank of then is a rank of now."""
+    from megatron.core import parallel_state
+
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _sharded_rng() -> Any:
+    """The random generators of this rank."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": megatron_random._get_cuda_rng_state(),
+        "tracker": megatron_random.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("rng", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    megatron_random._set_cuda_rng_state(states["device"])
+    megatron_random.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """torch wraps every rank's exception in one that is no Exception, so that few handlers see it."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file}: not a complete checkpoint ({error}); delete {path} to use the one before"
-        ) from error
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise OSError(f"{what} (rank {rank}: {type(cause).__name__}: {cause})") from error

@@ -1,4 +1,4 @@
-"""Megatron's data-parallel gradient buffers and optimizer around one model, and the learning-rate schedule.
+"""Megatron's data-parallel gradient buffers and optimizer around a model's stages, and the learning-rate schedule.
 
 Losses arrive as sums already weighted by the global batch (samples.py), so gradients are summed over
 ranks and never divided again.
@@ -7,6 +7,7 @@ ranks and never divided again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,21 +43,32 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 class Optimizer:
     """AdamW over the local shard: fp32 master weights and moments, sharded over data ranks if asked."""
 
-    def __init__(self, model: Trunk, config: OptimizerConfig, parallel: ParallelConfig, total_steps: int):
+    def __init__(
+        self,
+        stages: Sequence[Trunk],
+        config: OptimizerConfig,
+        parallel: ParallelConfig,
+        total_steps: int,
+    ):
+        """stages: of this process; one, the model, where there is no pipeline."""
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
         from megatron.core.optimizer import get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
 
         self.config, self.total_steps = config, total_steps
-        half = model.config.params_dtype is torch.bfloat16
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=parallel.distributed_optimizer, grad_reduce_in_fp32=True
-            ),
-            Float16Module(model.config, model) if half else model,
+        megatron = stages[0].config
+        half = megatron.params_dtype is torch.bfloat16
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.distributed_optimizer, grad_reduce_in_fp32=True
         )
+        self.wrapped = [
+            DistributedDataParallel(
+                stage.config, settings, Float16Module(stage.config, stage) if half else stage
+            )
+            for stage in stages
+        ]
+        """The stages inside the wrappers that keep their gradients; forward passes that train go through them."""
         options = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -66,16 +78,17 @@ class Optimizer:
             weight_decay=config.weight_decay,
             clip_grad=config.clip_grad,
             bf16=half,
-            params_dtype=model.config.params_dtype,
+            params_dtype=megatron.params_dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
         )
         groups = _float32_apart(options) if half else None
-        self.megatron = get_megatron_optimizer(options, [self.ddp], groups)
+        self.megatron = get_megatron_optimizer(options, self.wrapped, groups)
         self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
         """Dense and expert parameters are reduced over different groups, so they have optimizers of their own."""
 
     def zero_grad(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for stage in self.wrapped:
+            stage.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def step(self, step: int) -> StepReport:
@@ -83,16 +96,21 @@ class Optimizer:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-        biases = {name: b.clone() for name, b in self.ddp.named_buffers() if name.endswith("expert_bias")}
-        finalize_model_grads([self.ddp])  # reduces the gradients, and moves the routers' biases
+        biases = [
+            (bias, bias.clone())
+            for stage in self.wrapped
+            for name, bias in stage.named_buffers()
+            if name.endswith("expert_bias")
+        ]
+        finalize_model_grads(self.wrapped)  # reduces the gradients, and moves the routers' biases
         lr = learning_rate(step, self.config, self.total_steps)
         for group in self.megatron.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         found_inf = self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm() or 0.0)
         if found_inf or not math.isfinite(norm):
-            for name, bias in biases.items():
-                self.ddp.get_buffer(name).copy_(bias)
+            for bias, before in biases:
+                bias.copy_(before)
             raise NonFiniteGradient(
                 f"step {step}: the gradient norm is {norm}; the weights were not changed. "
                 "Lower optimizer.lr or look at the last rows of samples.jsonl"

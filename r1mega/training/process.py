@@ -53,15 +53,17 @@ def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     return dataclasses.replace(batch, **moved)
 
 
-def update_report(process: Process, parts: list[Metrics], norms: list[float], lr: float) -> dict[str, Any]:
-    """What one rank tells the driver of its optimizer steps.
+def update_report(
+    process: Process, parts: list[Metrics], norms: list[float], lr: float, *, counts: bool = True
+) -> dict[str, Any]:
+    """What one rank tells the driver of its optimizer steps. counts: whether losses come out here.
 
     {"totals": metric sums of this rank, "counted": whether this rank's sums count (one of each tensor group
-    does), "grad_norm": mean over the steps, "lr": of the last one, "peak_memory_bytes"}.
+    does, where losses come out), "grad_norm": mean over the steps, "lr": of the last one, "peak_memory_bytes"}.
     """
     return {
         "totals": {key: float(value) for key, value in combine(parts).items()},
-        "counted": process.mesh.tensor_rank == 0,
+        "counted": counts and process.mesh.tensor_rank == 0,
         "grad_norm": sum(norms) / len(norms),
         "lr": lr,
         "peak_memory_bytes": process.platform.peak_memory_bytes(),

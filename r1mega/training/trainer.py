@@ -7,7 +7,7 @@ vLLM or the disk layout of a run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,19 @@ from torch import Tensor
 from r1mega.algorithms.losses import Metrics, combine, grpo_loss, sft_loss
 from r1mega.config import RunConfig
 from r1mega.parallel.mesh import destroy_mesh
+from r1mega.parallel.offload import phase_memory
+from r1mega.parallel.stages import StagePart
 from r1mega.samples import PackedBatch
-from r1mega.training import checkpoint
+from r1mega.training.checkpoint import Saver
 from r1mega.training.optimizer import Optimizer
+from r1mega.training.pipelined_model import Compute, PipelinedModel
 from r1mega.training.process import join, on_device, update_report
 
 if TYPE_CHECKING:  # r1mega.models imports Megatron, which Platform.prepare_megatron must meet first
     from r1mega.models.language_model import LanguageModel, TokenOutputs
+    from r1mega.models.trunk import Hidden
+
+Loss = Callable[["TokenOutputs", PackedBatch], tuple[Tensor, Metrics]]
 
 
 class GateFailed(RuntimeError):
@@ -46,32 +52,45 @@ class Trainer:
         self.reference = self._build() if needs_reference else None
         if self.reference is not None:
             self.reference.requires_grad_(False)
-        self.optimizer = Optimizer(self.model, config.optimizer, config.parallel, config.num_steps)
+        self.optimizer = Optimizer(self.model.stages, config.optimizer, config.parallel, config.num_steps)
+        reference = self.reference.stages if self.reference is not None else None
+        self.saver = Saver(self.model.stages, reference, self.optimizer)
+        self.memory = phase_memory(config.checkpoint.offload, self._models, self.optimizer)
         self._prepared: list[list[PackedBatch]] = []
 
-    def _build(self) -> LanguageModel:
+    def _build(self) -> PipelinedModel:
         from r1mega.models.hf_weights import import_hf
         from r1mega.models.language_model import build_model
 
         config = self.config
-        model = build_model(self.hf_config, config.model, config.parallel, seed=config.seed).to(self.device)
-        if config.model.init == "checkpoint":
-            import_hf(model, config.model.path)
-        return model
+
+        def build(part: StagePart) -> LanguageModel:
+            stage = build_model(self.hf_config, config.model, config.parallel, seed=config.seed, part=part)
+            stage = stage.to(self.device)
+            if config.model.init == "checkpoint":
+                import_hf(stage, config.model.path)
+            return stage
+
+        return PipelinedModel(build, self.hf_config, config.model, config.parallel, self.mesh)
 
     # ---- forward passes
 
-    def _forward(
-        self, model: torch.nn.Module, batch: PackedBatch, need_entropy: bool = False
-    ) -> TokenOutputs:
+    def _compute(self, need_entropy: bool = False) -> Compute:
         temperature = self.config.rollout.temperature if self.config.stage == "rl" else 1.0
-        return model(batch, temperature=temperature, need_entropy=need_entropy)
 
-    @torch.no_grad()
-    def logprobs(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-        """fp32 [T] log-probs of batch.targets_T under `model`, at the rollout's temperature."""
+        def compute(stage: torch.nn.Module, batch: PackedBatch, hidden: Hidden | None) -> Any:
+            return stage(batch, hidden, temperature=temperature, need_entropy=need_entropy)
+
+        return compute
+
+    def logprobs(self, model: PipelinedModel, batches: list[PackedBatch]) -> list[Tensor | None]:
+        """For each micro-batch fp32 [T], log-probs of its targets_T under `model` at the rollout's temperature.
+
+        None in the processes of a pipeline that do not have the last stage.
+        """
         model.eval()
-        return self._forward(model, batch).logprobs_T
+        outputs = model.outputs(batches, self._compute())
+        return [None if output is None else output.logprobs_T for output in outputs]
 
     # ---- updates
 
@@ -80,6 +99,7 @@ class Trainer:
 
         They run while rewards are still being computed (R1, appendix B.1); `rl_update` takes it from here.
         """
+        self.saver.check()
         self._maybe_refresh_reference(step)
         mini_batches = [[on_device(batch, self.device) for batch in chunks] for chunks in mini_batches]
         if self.reference is not None:
@@ -105,56 +125,62 @@ class Trainer:
         parts: list[Metrics] = []
         norms: list[float] = []
         for k, chunks in enumerate(mini_batches):
-            totals = self._accumulate(chunks)
-            if k == 0:
+            totals = self._accumulate(chunks, self._grpo_loss, need_entropy=True)
+            if k == 0 and self.model.has_last:
                 self._check_first_update(totals, step)
             parts.append(totals)
             report = self.optimizer.step(step + k)
             norms.append(report.grad_norm)
-        return update_report(self.process, parts, norms, report.lr)
+        return update_report(self.process, parts, norms, report.lr, counts=self.model.has_last)
 
     def sft_update(self, chunks: list[PackedBatch], step: int) -> dict[str, Any]:
         """One optimizer step of next-token cross-entropy over this rank's chunks; returns what rl_update returns."""
-        self.model.train()
-        self.optimizer.zero_grad()
-        parts = []
-        for batch in chunks:
-            batch = on_device(batch, self.device)
-            outputs = self._forward(self.optimizer.ddp, batch)
-            loss, metrics = sft_loss(outputs.logprobs_T, batch)
-            parts.append(metrics | self._backward(loss, outputs))
-        report = self.optimizer.step(step)
-        return update_report(self.process, parts, [report.grad_norm], report.lr)
+        self.saver.check()
+        chunks = [on_device(batch, self.device) for batch in chunks]
 
-    def _accumulate(self, chunks: list[PackedBatch]) -> Metrics:
-        """Forward and backward of one mini-batch; gradients are left in the buffers."""
+        def loss(outputs: TokenOutputs, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+            return sft_loss(outputs.logprobs_T, batch)
+
+        totals = self._accumulate(chunks, loss, need_entropy=False)
+        report = self.optimizer.step(step)
+        return update_report(
+            self.process, [totals], [report.grad_norm], report.lr, counts=self.model.has_last
+        )
+
+    def _grpo_loss(self, outputs: TokenOutputs, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+        return grpo_loss(outputs.logprobs_T, outputs.entropy_T, batch, self.config.grpo)
+
+    def _accumulate(self, chunks: list[PackedBatch], loss: Loss, *, need_entropy: bool) -> Metrics:
+        """Forward and backward of one mini-batch; gradients are left in the buffers.
+
+        Returns the sums of the metrics; nothing in the processes of a pipeline that do not have the last stage.
+        """
         self.model.train()
         self.optimizer.zero_grad()
-        parts = []
-        for batch in chunks:
-            outputs = self._forward(self.optimizer.ddp, batch, need_entropy=True)
-            loss, metrics = grpo_loss(outputs.logprobs_T, outputs.entropy_T, batch, self.config.grpo)
-            parts.append(metrics | self._backward(loss, outputs))
+        parts: list[Metrics] = []
+
+        def total(outputs: TokenOutputs, micro_batch: int) -> Tensor:
+            value, metrics = loss(outputs, chunks[micro_batch])
+            if outputs.mtp_loss_sum is not None:
+                value = value + self.config.model.mtp_loss_weight * outputs.mtp_loss_sum
+                metrics = metrics | {"mtp_loss": outputs.mtp_loss_sum.detach().double()}
+            parts.append(metrics)
+            return value
+
+        self.model.forward_backward(self.optimizer.wrapped, chunks, self._compute(need_entropy), total)
         return combine(parts)
 
-    def _backward(self, loss: Tensor, outputs: TokenOutputs) -> Metrics:
-        """Gradients of the loss and of the multi-token-prediction loss, which is returned where there is one."""
-        if outputs.mtp_loss_sum is None:
-            loss.backward()
-            return {}
-        (loss + self.config.model.mtp_loss_weight * outputs.mtp_loss_sum).backward()
-        return {"mtp_loss": outputs.mtp_loss_sum.detach().double()}
-
     def _with(
-        self, mini_batches: list[list[PackedBatch]], field: str, model: torch.nn.Module
+        self, mini_batches: list[list[PackedBatch]], field: str, model: PipelinedModel
     ) -> list[list[PackedBatch]]:
-        """Add `model`'s log-probs to every chunk."""
+        """Add `model`'s log-probs to every chunk, where they come out."""
+        logprobs = iter(self.logprobs(model, [batch for chunks in mini_batches for batch in chunks]))
 
-        def with_logprobs(batch: PackedBatch) -> PackedBatch:
-            added: dict[str, Any] = {field: self.logprobs(model, batch)}
+        def with_next(batch: PackedBatch) -> PackedBatch:
+            added: dict[str, Any] = {field: next(logprobs)}
             return dataclasses.replace(batch, **added)
 
-        return [[with_logprobs(batch) for batch in chunks] for chunks in mini_batches]
+        return [[with_next(batch) for batch in chunks] for chunks in mini_batches]
 
     def _maybe_refresh_reference(self, step: int) -> None:
         """R1: the reference model is replaced by the latest policy every `reference_every` steps.
@@ -163,7 +189,7 @@ class Trainer:
         """
         every = self.config.grpo.reference_every
         if self.reference is not None and every and step > 0 and step % every == 0:
-            self.reference.load_state_dict(self.model.state_dict())
+            self.reference.copy_weights_of(self.model)
 
     def _check_first_update(self, totals: Metrics, step: int) -> None:
         """Gates on the first update after a rollout, before any weight changes."""
@@ -190,28 +216,44 @@ class Trainer:
 
     # ---- state
 
+    def _models(self) -> list[torch.nn.Module]:
+        return [*self.model.stages, *(self.reference.stages if self.reference is not None else ())]
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors in Hugging Face names; collective, every rank must drain it."""
         from r1mega.models.hf_weights import named_hf_tensors
 
-        return named_hf_tensors(self.model)
+        return named_hf_tensors(self.model.stages)
 
     def save(self, root: str, step: int, state: dict[str, Any]) -> str:
-        path = checkpoint.save(
-            Path(root), step, self.model, self.reference, self.optimizer, state, self.config.checkpoint.keep
-        )
+        """Begin a checkpoint; with checkpoint.background it is complete when `finish_save` returns, at the latest."""
+        settings = self.config.checkpoint
+        path = self.saver.save(Path(root), step, state, keep=settings.keep, background=settings.background)
         return str(path)
 
+    def finish_save(self) -> None:
+        self.saver.wait()
+
     def load(self, path: str) -> None:
-        checkpoint.load(Path(path), self.model, self.reference, self.optimizer)
+        self.saver.load(Path(path))
+
+    def offload(self) -> dict[str, float]:
+        """Weights, gradients and optimizer leave this rank's device, where checkpoint.offload says so."""
+        return self.memory.out().as_metrics() if self.memory is not None else {}
+
+    def onload(self) -> None:
+        """They come back, bit for bit."""
+        if self.memory is not None:
+            self.memory.back()
 
     def export(self, path: str) -> None:
         """Write a Hugging Face directory that transformers and vLLM load."""
         from r1mega.models.hf_weights import export_hf
 
-        export_hf(self.model, path, self.config.model.path)
+        export_hf(self.model.stages, path, self.config.model.path)
 
     def close(self) -> None:
+        self.saver.wait()
         destroy_mesh()
 
 

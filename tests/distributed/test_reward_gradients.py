@@ -97,7 +97,7 @@ def trainer_of(config: RunConfig, head: bool = True) -> Any:
 
     trainer = RewardTrainer(config)
     if head:
-        weight = trainer.model.score.weight
+        weight = trainer.model.stages[-1].score.weight
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
         trainer.optimizer.megatron.reload_model_params()
@@ -113,16 +113,11 @@ def loss_and_gradients(config: RunConfig) -> dict[str, Any]:
 
     from r1mega.models.hf_weights import named_hf_tensors
 
-    trainer.model.train()
-    trainer.optimizer.zero_grad()
-    loss = torch.zeros(())
-    for chunk in chunks_of(config, seed=5)[trainer.mesh.data_rank]:
-        part, _ = trainer._loss(chunk)
-        part.backward()
-        loss += part.detach()
-    finalize_model_grads([trainer.optimizer.ddp])
+    parts = trainer._accumulate(chunks_of(config, seed=5)[trainer.mesh.data_rank])
+    loss = sum(part["loss"] for part in parts)
+    finalize_model_grads(trainer.optimizer.wrapped)
     dist.all_reduce(loss, group=trainer.mesh.data_group)
-    model = trainer.model
+    (model,) = trainer.model.stages
     gradients = named_hf_tensors(model, {name: p.main_grad for name, p in model.named_parameters()})
     result = {"loss": loss, "gradients": {name: gradient.clone() for name, gradient in gradients}}
     result["scores"] = trainer.score([text for (text,) in texts(9, 11)])
@@ -195,7 +190,7 @@ def train(trainer: Any, first: int, last: int) -> list[tuple[float, float]]:
 def state_of(trainer: Any) -> dict[str, torch.Tensor]:
     from r1mega.models.hf_weights import named_hf_tensors
 
-    return {name: tensor.clone() for name, tensor in named_hf_tensors(trainer.model)}
+    return {name: tensor.clone() for name, tensor in named_hf_tensors(trainer.model.stages)}
 
 
 def straight(config: RunConfig, out: Path) -> None:

@@ -150,7 +150,7 @@ def gates(trainer, _out: Path) -> None:
     assert unchanged(before)
 
     honest = [
-        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
+        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, [chunk])[0])
         for chunk in chunks
     ]
     poisoned = [
@@ -180,7 +180,7 @@ def test_gates_stop_an_update_before_the_weights_change(tmp_path):
 def without_reference(trainer, _out: Path) -> None:
     (chunks,) = batch(0, trainer.config.parallel, rl=True)
     honest = [
-        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
+        dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, [chunk])[0])
         for chunk in chunks
     ]
     report = updated(trainer, [honest], 0)
@@ -202,7 +202,7 @@ def refreshing(trainer, _out: Path) -> None:
     (chunks,) = batch(0, trainer.config.parallel, rl=True)
     for step in range(3):
         honest = [
-            dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, chunk))
+            dataclasses.replace(chunk, rollout_logprobs_T=trainer.logprobs(trainer.model, [chunk])[0])
             for chunk in chunks
         ]
         kl = updated(trainer, [honest], step)["totals"]["kl"]

@@ -20,6 +20,8 @@ MTP = {**DEEPSEEK_V3, "num_nextn_predict_layers": 1}
         (ParallelConfig(tensor=2, expert_tensor=2), DEEPSEEK_V3),
         (ParallelConfig(tensor=2, data=3, sequence_parallel=False), QWEN2),
         (ParallelConfig(tensor=2), LLAMA),
+        (ParallelConfig(pipeline=2, schedule="1f1b"), DEEPSEEK_V3),
+        (ParallelConfig(pipeline=2, tensor=2, expert=2), {**MTP, "num_hidden_layers": 4}),
     ],
 )
 def test_possible_layouts_pass(parallel, config):
@@ -31,12 +33,22 @@ def test_possible_layouts_pass(parallel, config):
     [
         (ParallelConfig(tensor=0), None, r"parallel\.tensor=0: every axis has at least one rank"),
         (
-            ParallelConfig(pipeline=2),
+            ParallelConfig(pipeline=4),
+            DEEPSEEK_V3,
+            r"parallel\.pipeline=4 makes 8 stages \(2 in each rank\) of 3 layers; .* choice is 1",
+        ),
+        (
+            ParallelConfig(pipeline=4, schedule="1f1b"),
+            DEEPSEEK_V3,
+            r"parallel\.pipeline=4 makes 4 stages \(1 in each rank\) of 3 layers; .* choice is 3",
+        ),
+        (
+            ParallelConfig(pipeline=2, schedule="interleaved"),
             None,
-            r"parallel\.pipeline=2: not supported yet, only tensor, expert and data",
+            r'"interleaved" with parallel\.virtual_pipeline=1: .*virtual_pipeline=2',
         ),
         (ParallelConfig(context=2), None, r"parallel\.context=2: not supported yet"),
-        (ParallelConfig(virtual_pipeline=2), None, r"parallel\.virtual_pipeline=2: .* silently wrong"),
+        (ParallelConfig(virtual_pipeline=2), None, r"parallel\.virtual_pipeline=2: only a pipeline under"),
         (ParallelConfig(context=2), MTP, r"parallel\.context=2 with a multi-token-prediction layer"),
         (
             ParallelConfig(tensor=3),

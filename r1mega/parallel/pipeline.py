@@ -1,0 +1,154 @@
+"""One executor for every pipeline schedule: it does in its rank what the schedule says, and knows none of them.
+
+An action first takes what it needs from the neighbours, then computes, and sends its results as soon as they are there:
+a backward pass sends the gradient of its input *before* the weight gradients of the stage's first layer, which is the
+last to be computed, so that the message travels behind them. I leaves all weight gradients that can be put off
+(weight_gradients.py) to W. X goes forward and then backward; where a platform overlaps the two, it is the place to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1mega.parallel.messages import Message, Messages
+from r1mega.parallel.schedule import Action, Schedule, Task
+from r1mega.parallel.virtual_clock import VirtualClock
+from r1mega.parallel.weight_gradients import WeightGradients
+
+Forward = Callable[[Task, Tensor | None], Tensor]
+"""(task, its input; None in the first stage) -> its output: hidden states, or the loss (a scalar) in the last stage."""
+
+
+class PipelineError(RuntimeError):
+    """A stage failed; the message names rank and action."""
+
+
+class Pipeline:
+    """One run of a schedule in one rank."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        forward: Forward,
+        messages: Messages,
+        *,
+        first_layer_weights: Mapping[int, frozenset[int]] | None = None,
+        stage_done: Callable[[int], None] = lambda stage: None,
+        clock: VirtualClock | None = None,
+    ) -> None:
+        """first_layer_weights: stage -> ids of the weights whose gradients are computed after sending.
+
+        stage_done: called after a stage's last weight gradient.
+        """
+        self._schedule, self._rank = schedule, rank
+        self._forward_of, self._messages, self._clock = forward, messages, clock
+        self._late = first_layer_weights or {}
+        self._stage_done = stage_done
+        self._inputs: dict[Task, Tensor | None] = {}
+        self._outputs: dict[Task, Tensor] = {}
+        self._handed: dict[Message, Tensor] = {}
+        """Between two stages of this rank."""
+        self._put_off: dict[Task, WeightGradients] = {}
+        self._left = dict.fromkeys(range(len(schedule.rank_of)), 0)
+        for action in schedule.orders[rank]:
+            if action.weight_gradient:
+                self._left[action.weight_gradient.stage] += 1
+
+    def run(self) -> None:
+        """All actions of this rank, in order. PipelineError names the one that failed."""
+        for action in self._schedule.orders[self._rank]:
+            try:
+                self._act(action)
+            except Exception as error:
+                raise PipelineError(f"pipeline rank {self._rank}, {action}: {error}") from error
+        self._messages.finish()
+        assert not self._inputs
+        assert not self._put_off
+
+    def _act(self, action: Action) -> None:
+        forward, backward = action.forward, action.input_gradient
+        hidden = self._take("F", forward, self._schedule.previous) if forward else None
+        gradient = self._take("B", backward, self._schedule.following) if backward else None
+        if self._clock:
+            self._clock.acts(action)
+        if forward:
+            self._go_forward(forward, hidden)
+        if backward:
+            self._go_backward(backward, gradient, all_later=action.kind == "I")
+        if action.kind == "W":
+            self._put_off.pop(action.task).compute()
+        if action.weight_gradient:
+            stage = action.weight_gradient.stage
+            self._left[stage] -= 1
+            if not self._left[stage]:
+                self._stage_done(stage)
+
+    def _go_forward(self, task: Task, hidden: Tensor | None) -> None:
+        if hidden is not None:
+            hidden.requires_grad_()
+        with torch.enable_grad():
+            output = self._forward_of(task, hidden)
+        self._inputs[task], self._outputs[task] = hidden, output
+        self._hand("F", task, self._schedule.following, output.detach())
+
+    def _go_backward(self, task: Task, gradient: Tensor | None, *, all_later: bool) -> None:
+        later = WeightGradients(None if all_later else self._late.get(task.stage, frozenset()))
+        hidden, output = self._inputs.pop(task), self._outputs.pop(task)
+        with later.collecting():
+            torch.autograd.backward(output, gradient)
+        if hidden is not None:
+            assert hidden.grad is not None, "the stage does not depend on its input"
+            self._hand("B", task, self._schedule.previous, hidden.grad)
+        if all_later:
+            self._put_off[task] = later
+        else:
+            later.compute()
+
+    def _take(self, kind: str, task: Task, neighbours: Mapping[int, int]) -> Tensor | None:
+        """What the neighbouring stage computed for this task; None at the pipeline's end."""
+        if task.stage not in neighbours:
+            return None
+        source, message = neighbours[task.stage], Message(kind, task)
+        if self._schedule.rank_of[source] == self._rank:
+            return self._handed.pop(message)
+        return self._messages.receive(message, source)
+
+    def _hand(self, kind: str, task: Task, neighbours: Mapping[int, int], tensor: Tensor) -> None:
+        if task.stage not in neighbours:
+            return
+        message = Message(kind, Task(neighbours[task.stage], task.micro_batch))
+        if self._schedule.rank_of[message.task.stage] == self._rank:
+            self._handed[message] = tensor
+        else:
+            self._messages.send(message, tensor)
+
+
+@torch.no_grad()
+def run_forward(
+    schedule: Schedule, rank: int, forward: Callable[[Task, Tensor | None], Any], messages: Messages
+) -> None:
+    """A schedule of forward actions alone, without gradients: log-probs. What the last stage returns is its own."""
+    handed: dict[Message, Tensor] = {}
+    for action in schedule.orders[rank]:
+        task = action.task
+        hidden = None
+        if task.stage in schedule.previous:
+            source = schedule.previous[task.stage]
+            message = Message("F", task)
+            hidden = (
+                handed.pop(message) if schedule.rank_of[source] == rank else messages.receive(message, source)
+            )
+        output = forward(task, hidden)
+        if task.stage in schedule.following:
+            stage = schedule.following[task.stage]
+            message = Message("F", Task(stage, task.micro_batch))
+            if schedule.rank_of[stage] == rank:
+                handed[message] = output
+            else:
+                messages.send(message, output)
+    messages.finish()

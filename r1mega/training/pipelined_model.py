@@ -1,0 +1,208 @@
+"""The stages of one model in this process, and how micro-batches go through the whole of it.
+
+Without a pipeline there is one stage, the model. Everything else is the same: the trainer knows no other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1mega.config import ModelConfig, ParallelConfig
+from r1mega.parallel import dualpipe
+from r1mega.parallel.mesh import Mesh
+from r1mega.parallel.messages import Messages
+from r1mega.parallel.pipeline import Pipeline, run_forward
+from r1mega.parallel.schedule import Schedule, Task
+from r1mega.parallel.stages import StagePart, plan_stages, rank_of_stage
+from r1mega.parallel.weight_gradients import teach_megatron
+from r1mega.samples import PackedBatch
+
+if TYPE_CHECKING:  # r1mega.models imports Megatron, which Platform.prepare_megatron must meet first
+    from r1mega.models.trunk import Hidden, Trunk
+
+Compute = Callable[[torch.nn.Module, PackedBatch, "Hidden | None"], Any]
+"""(stage, micro-batch, what the stage before handed on) -> Hidden, or what the last stage computes."""
+
+
+class PipelinedModel:
+    def __init__(
+        self,
+        build: Callable[[StagePart], Trunk],
+        hf_config: dict[str, Any],
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        mesh: Mesh,
+    ) -> None:
+        """build: makes one stage, with its weights."""
+        self.parallel, self.mesh = parallel, mesh
+        parts = plan_stages(hf_config, parallel, mtp=model.mtp_loss_weight > 0)
+        self.rank_of = rank_of_stage(parallel)
+        self.here = [stage for stage, rank in enumerate(self.rank_of) if rank == mesh.pipeline_rank]
+        """Numbers of the stages in this process."""
+        self.stages = [build(parts[stage]) for stage in self.here]
+        if len(parts) > 1:
+            teach_megatron()
+            self._join_embeddings()
+
+    @property
+    def has_last(self) -> bool:
+        """Whether losses and log-probs come out in this process."""
+        return self.rank_of[-1] == self.mesh.pipeline_rank
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Of the stages in this process, under their names in the whole model."""
+        for stage in self.stages:
+            for name, parameter in stage.named_parameters():
+                yield stage.name_in_model(name), parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def train(self) -> None:
+        for stage in self.stages:
+            stage.train()
+
+    def eval(self) -> None:
+        for stage in self.stages:
+            stage.eval()
+
+    def requires_grad_(self, requires_grad: bool) -> None:
+        for stage in self.stages:
+            stage.requires_grad_(requires_grad)
+
+    def copy_weights_of(self, other: PipelinedModel) -> None:
+        for mine, its in zip(self.stages, other.stages, strict=True):
+            mine.load_state_dict(its.state_dict())
+
+    # ---------------------------------------------------------------- runs
+
+    def forward_backward(
+        self,
+        wrapped: Sequence[torch.nn.Module],
+        batches: Sequence[PackedBatch],
+        compute: Compute,
+        loss: Callable[[Any, int], Tensor],
+    ) -> None:
+        """Gradients of the sum of all micro-batches' losses, left in `main_grad`.
+
+        wrapped: this process's stages inside Megatron's data-parallel wrappers. loss: of what the last stage computed for
+        the i-th micro-batch; called in the process that has it.
+        """
+        modules = dict(zip(self.here, wrapped, strict=True))
+        schedule = schedule_for(self.parallel, len(batches))
+
+        def forward(task: Task, states: Tensor | None) -> Tensor:
+            batch = batches[task.micro_batch]
+            output = compute(modules[task.stage], batch, _hidden(states))
+            return (
+                loss(output, task.micro_batch) if task.stage == len(self.rank_of) - 1 else output.states_T1D
+            )
+
+        late = {number: _first_layer(stage) for number, stage in zip(self.here, self.stages, strict=True)}
+        Pipeline(
+            schedule,
+            self.mesh.pipeline_rank,
+            forward,
+            self._messages(schedule, batches),
+            first_layer_weights=late if self.mesh.pipeline_size > 1 else None,
+        ).run()
+        self._sum_copies()
+
+    def outputs(self, batches: Sequence[PackedBatch], compute: Compute) -> list[Any]:
+        """What the last stage computes for each micro-batch, without gradients; None in the other processes."""
+        results: list[Any] = [None] * len(batches)
+        modules = dict(zip(self.here, self.stages, strict=True))
+        schedule = dualpipe.forward_only(self.rank_of, len(batches))
+
+        def forward(task: Task, states: Tensor | None) -> Any:
+            output = compute(modules[task.stage], batches[task.micro_batch], _hidden(states))
+            if task.stage < len(self.rank_of) - 1:
+                return output.states_T1D
+            results[task.micro_batch] = output
+            return None
+
+        messages = self._messages(schedule, batches)
+        run_forward(schedule, self.mesh.pipeline_rank, forward, messages)
+        return results
+
+    def _sum_copies(self) -> None:
+        """Add the gradients of the embedding's two copies, before they are reduced over the data axis."""
+        for stage in self.stages:
+            if stage.copy_of_embedding:
+                self._add_from(self.rank_of[0], stage.get_parameter(stage.copy_of_embedding))
+            elif stage.part.first and self._is_copied(stage):
+                self._add_from(self.rank_of[-1], stage.embedding.word_embeddings.weight)
+
+    def _add_from(self, pipeline_rank: int, weight: Tensor) -> None:
+        gradient: Tensor = weight.main_grad  # type: ignore[attr-defined]
+        peer = dist.get_global_rank(self.mesh.pipeline_group, pipeline_rank)
+        theirs = torch.empty_like(gradient)
+        exchange = [
+            dist.P2POp(dist.isend, gradient.clone(), peer, self.mesh.pipeline_group),
+            dist.P2POp(dist.irecv, theirs, peer, self.mesh.pipeline_group),
+        ]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        gradient.add_(theirs)
+
+    def _is_copied(self, first: Trunk) -> bool:
+        config = first.hf_config
+        uses = config.get("tie_word_embeddings") or config.get("num_nextn_predict_layers")
+        return bool(uses) and self.rank_of[0] != self.rank_of[-1] and not hasattr(first, "score")
+
+    def _join_embeddings(self) -> None:
+        last = self.stages[-1]
+        if not last.copy_of_embedding:
+            return
+        if self.stages[0].part.first:
+            last.borrow_embedding(self.stages[0])
+        else:  # one of the two counts in the gradient's norm
+            last.get_parameter(last.copy_of_embedding).shared = True
+
+    def _messages(self, schedule: Schedule, batches: Sequence[PackedBatch]) -> Messages:
+        stage, group = self.stages[0], self.mesh.pipeline_group
+
+        def buffer(micro_batch: int) -> Tensor:
+            batch = batches[micro_batch]
+            return torch.empty(
+                stage.hidden_shape(batch), dtype=stage.config.params_dtype, device=batch.tokens_T.device
+            )
+
+        return Messages(
+            schedule,
+            self.mesh.pipeline_rank,
+            self.mesh.channel,
+            lambda rank: dist.get_global_rank(group, rank),
+            buffer,
+        )
+
+
+def schedule_for(parallel: ParallelConfig, micro_batches: int) -> Schedule:
+    """The order of a step. Where there are too few micro-batches for parallel.schedule, the nearest that takes them."""
+    ranks = parallel.pipeline
+    if ranks == 1 or parallel.schedule == "1f1b":
+        return dualpipe.one_f_one_b(ranks, micro_batches)
+    if parallel.schedule == "zb1p":
+        return dualpipe.zb1p(ranks, micro_batches)
+    if parallel.schedule == "interleaved":
+        return dualpipe.interleaved(ranks, micro_batches, parallel.virtual_pipeline)
+    if parallel.schedule == "dualpipev" and micro_batches >= 2 * ranks:
+        return dualpipe.dualpipe_v(ranks, micro_batches)
+    return dualpipe.zb_v(ranks, micro_batches)
+
+
+def _hidden(states: Tensor | None) -> Hidden | None:
+    from r1mega.models.trunk import Hidden
+
+    return None if states is None else Hidden(states)
+
+
+def _first_layer(stage: Trunk) -> frozenset[int]:
+    """Ids of the weights whose gradients a backward pass computes last."""
+    return frozenset(id(weight) for weight in stage.decoder.layers[:1].parameters())
