@@ -123,11 +123,11 @@ def _check_pipeline(parallel: ParallelConfig, hf_config: dict[str, Any] | None) 
         )
     layers = hf_config and hf_config["num_hidden_layers"]
     stages = num_stages(parallel)
-    if layers and stages > layers:
+    if layers and stages > layers + 2:  # the first and the last may have none
         per_rank = stages // parallel.pipeline
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} makes {stages} stages ({per_rank} in each rank) of"
-            f" {layers} layers; {_nearest(parallel.pipeline, list(range(1, max(1, layers // per_rank) + 1)))}"
+            f" {layers} layers; {_nearest(parallel.pipeline, list(range(1, (layers + 2) // per_rank + 1)))}"
         )
 
 

@@ -35,12 +35,12 @@ def test_possible_layouts_pass(parallel, config):
         (
             ParallelConfig(pipeline=4),
             DEEPSEEK_V3,
-            r"parallel\.pipeline=4 makes 8 stages \(2 in each rank\) of 3 layers; .* choice is 1",
+            r"parallel\.pipeline=4 makes 8 stages \(2 in each rank\) of 3 layers; .* choice is 2",
         ),
         (
-            ParallelConfig(pipeline=4, schedule="1f1b"),
+            ParallelConfig(pipeline=6, schedule="1f1b"),
             DEEPSEEK_V3,
-            r"parallel\.pipeline=4 makes 4 stages \(1 in each rank\) of 3 layers; .* choice is 3",
+            r"parallel\.pipeline=6 makes 6 stages \(1 in each rank\) of 3 layers; .* choice is 5",
         ),
         (
             ParallelConfig(pipeline=2, schedule="interleaved"),

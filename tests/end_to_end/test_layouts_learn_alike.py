@@ -1,0 +1,24 @@
+"""R1-Zero under any layout is R1-Zero in one process, through Ray, vLLM and weight sync."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import WholeRun, metrics_of, succeeded
+
+LAYOUTS = {
+    "dualpipev": ("parallel.pipeline=2",),
+    "tensor and expert": ("parallel.tensor=2", "parallel.expert=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_has_the_curve_of_one_process(name: str, rl_run: WholeRun, tmp_path: Path) -> None:
+    succeeded(*rl_run.arguments, *LAYOUTS[name], f"dir={tmp_path / 'run'}", scratch=tmp_path)
+    for line, expected in zip(metrics_of(tmp_path / "run"), metrics_of(rl_run.directory), strict=True):
+        assert line["accuracy"] == expected["accuracy"]
+        for metric in ("kl", "entropy", "grad_norm", "loss"):
+            assert line[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-6), metric
