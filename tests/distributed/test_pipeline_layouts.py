@@ -47,7 +47,7 @@ TWO: dict[str, Case] = {
 }
 """Layouts of two processes."""
 FOUR: dict[str, Case] = {
-    "moe, V of four": case("moe without mtp", pipeline=3 + 1, schedule="1f1b"),
+    "moe without mtp, 1f1b of four": case("moe without mtp", pipeline=4, schedule="1f1b"),
     "moe, tensor, expert and pipeline": case("moe", tensor=2, expert=2, pipeline=2),
     "moe, sharded data, expert and pipeline": case(
         "moe", data=2, expert=2, pipeline=2, distributed_optimizer=True
