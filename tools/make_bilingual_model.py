@@ -1,8 +1,9 @@
-"""Writes configs/tiny/model_bilingual: the tiny DeepSeek-V3 for the toy world of the whole pipeline.
+"""Writes the two models of the toy world: configs/tiny/model_bilingual and, to distil into, model_student.
 
-    python tools/make_bilingual_model.py [configs/tiny/model_bilingual]
+    python tools/make_bilingual_model.py [configs/tiny]
 
-The model of make_tiny_model.py with a tokenizer of words (data/bilingual.py says why) and R1's special tokens.
+The model of make_tiny_model.py, and a dense Llama of a tenth of its size, with one tokenizer: of words
+(data/bilingual.py says why) and R1's special tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from make_tiny_model import GENERATION_CONFIG, TOKENIZER_CONFIG, model_config
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -48,10 +50,28 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def main(directory: Path) -> None:
+def student_config() -> dict[str, Any]:
+    """config.json of the dense student, in Llama's field names. (transformers 5 gives every "qwen2" Qwen's own
+    tokenizer, whatever tokenizer.json says.)"""
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "initializer_range", "rms_norm_eps",
+              "rope_theta", "max_position_embeddings", "torch_dtype", "use_cache")  # fmt: skip
+    return {name: model_config(0)[name] for name in shared} | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,  # of 32 entries: vLLM's CPU attention has no smaller ones
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCAB_SIZE,
+    }
+
+
+def write(directory: Path, config: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     files = {
-        "config.json": json.dumps(model_config(0) | {"vocab_size": VOCAB_SIZE}, indent=2),
+        "config.json": json.dumps(config, indent=2),
         "generation_config.json": json.dumps(GENERATION_CONFIG, indent=2),
         "tokenizer.json": build_tokenizer().to_str(pretty=True),
         "tokenizer_config.json": json.dumps(
@@ -65,5 +85,10 @@ def main(directory: Path) -> None:
     print(f"wrote {directory}")
 
 
+def main(root: Path) -> None:
+    write(root / "model_bilingual", model_config(0) | {"vocab_size": VOCAB_SIZE})
+    write(root / "model_student", student_config())
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "configs/tiny/model_bilingual"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "configs/tiny"))

@@ -30,6 +30,7 @@ from r1mega.stages.graph import Pipeline, Stage
 OPERATIONS = 4
 demo = load(Path(__file__).with_name("r1_zero.py"))
 model = ModelConfig(path="configs/tiny/model_bilingual", init="random", dtype="float32")
+student = ModelConfig(path="configs/tiny/model_student", init="random", dtype="float32")
 trained = ModelConfig(dtype="float32")
 questions = DataConfig(
     path="generated:bilingual",
@@ -88,6 +89,7 @@ dev1 = replace(
 dev2 = replace(
     zero,
     data=questions,
+    grpo=replace(zero.grpo, clip_low=10.0, clip_high=10.0),
     rewards=RewardConfig(workers=1, weights={"accuracy": 1.0, "reasoning_format": 1.0, "language": 1.0}),
 )
 dev2_without_language = replace(
@@ -120,16 +122,20 @@ GENERAL = {"reasoning_format": 1.0, "language": 1.0}
 r1 = replace(
     dev2,
     data=replace(questions, path="generated:scenarios"),
+    rollout=replace(rollout, temperature=0.7),
     rewards=replace(
         dev2.rewards,
+        general_from=40,
         task_weights={"helpful": {"helpful": 1.0, **GENERAL}, "safety": {"safety": 1.0, **GENERAL}},
     ),
 )
+student_base = replace(base, num_steps=600, model=student)
+distilled = replace(dev3, sft=replace(dev3.sft, num_epochs=6))
 
 
 def evaluation(template: str) -> EvaluationConfig:
     return EvaluationConfig(
-        suites=("bilingual",),
+        suites=("bilingual", "small_talk"),
         template=template,
         k=4,
         max_tokens=64,
@@ -182,8 +188,17 @@ pipeline = Pipeline(
             },
             "all-scenario RL",
         ),
+        Stage("student_base", student_base, title="stands in for Qwen2.5"),
+        Stage(
+            "distilled",
+            distilled,
+            {"model.path": "student_base/hf", "data.path": "rejection/data.jsonl"},
+            "the student, on the samples Dev-3 learnt from",
+        ),
+        Stage("student_zero", zero, {"model.path": "student_base/hf"}, "its control: RL alone"),
         measured("base", "tiny_bilingual"),
         measured("zero", "tiny_bilingual"),
-        *(measured(name) for name in ("dev1", "dev2", "dev2_mixed", "dev3", "r1")),
+        *(measured(name) for name in ("dev1", "dev2", "dev2_mixed", "dev3", "r1", "distilled")),
+        measured("student_zero", "tiny_bilingual"),
     ),
 )

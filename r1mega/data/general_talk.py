@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from r1mega.data.generated_preferences import GOOD, RUDE, SECRETS, SENTENCES, how_to_question
+from r1mega.data.generated_preferences import (
+    GOOD,
+    RUDE,
+    SECRETS,
+    SENTENCES,
+    held_out_questions,
+    how_to_question,
+)
 
 GREETINGS = {
     "hello": "Hello! How do I help?",
@@ -48,6 +57,20 @@ def good_talk(rng: random.Random, *, heldout: bool) -> Talk:
         return Talk(question, "", GREETINGS[question])
     question = how_to_question(rng, heldout=heldout)
     return Talk(question, "I work slowly.", " ".join(rng.sample(GOOD, SENTENCES)))
+
+
+def checked_questions() -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
+    """Every held-out how-to question, with what a good answer obeys, as instructions (rewards/instructions.py): enough
+    sentences, none twice, no word of a rude remark or a secret."""
+    forbidden = sorted({re.findall("[a-z]+", text)[-1] for text in RUDE} | {"code", "key", "pin"})
+    rules: list[tuple[str, dict[str, Any]]] = [
+        ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": SENTENCES}),
+        ("keywords:forbidden_words", {"forbidden_words": forbidden}),
+    ]
+    for sentence in GOOD:
+        once = {"keyword": re.escape(sentence), "relation": "less than", "frequency": 2}
+        rules.append(("keywords:frequency", once))
+    return [(question, rules) for question in held_out_questions()]
 
 
 def rows(count: int, *, seed: int) -> list[dict[str, str]]:

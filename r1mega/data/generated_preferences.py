@@ -69,8 +69,25 @@ def how_to_question(rng: random.Random, *, heldout: bool) -> str:
     """Of the verb-thing combinations every fifth is held out."""
     while True:
         verb, thing = rng.randrange(len(VERBS)), rng.randrange(len(THINGS))
-        if ((verb + thing) % 5 == 0) == heldout:
-            return f"How do I {VERBS[verb]} {THINGS[thing]}?"
+        if _is_held_out(verb, thing) == heldout:
+            return _question(verb, thing)
+
+
+def held_out_questions() -> list[str]:
+    return [
+        _question(verb, thing)
+        for verb in range(len(VERBS))
+        for thing in range(len(THINGS))
+        if _is_held_out(verb, thing)
+    ]
+
+
+def _is_held_out(verb: int, thing: int) -> bool:
+    return (verb + thing) % 5 == 0
+
+
+def _question(verb: int, thing: int) -> str:
+    return f"How do I {VERBS[verb]} {THINGS[thing]}?"
 
 
 def _summary(rng: random.Random) -> tuple[int, str]:

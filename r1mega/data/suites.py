@@ -9,12 +9,13 @@ a suite has many questions and 8 where it has few. [open]
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1mega.config import ConfigError
-from r1mega.data import bilingual
+from r1mega.data import bilingual, general_talk
 from r1mega.data import suite_formats as formats
 from r1mega.data.chain import chain_problems
 from r1mega.data.suite_formats import Question
@@ -98,7 +99,7 @@ def _known(name: str, operations: int) -> Suite:
     squeezed = {_squeezed(known): suite for known, suite in SUITES.items()}
     key = _squeezed(name.removeprefix("generated:"))
     if key in GENERATED:
-        return replace(SUITES[key], read=lambda _: GENERATED[key](operations))
+        return replace(squeezed[key], read=lambda _: GENERATED[key](operations))
     if key in squeezed:
         return squeezed[key]
     near = difflib.get_close_matches(key, squeezed, n=1, cutoff=0.5)
@@ -125,7 +126,19 @@ def bilingual_questions(operations: int) -> list[Question]:
     return [Question(f"chain:{p.question}", text, text, p.answer, "math") for text, p in told]
 
 
-GENERATED = {"chain": chain_questions, "bilingual": bilingual_questions}
+def talk_questions(_: object = None) -> list[Question]:
+    """Held-out how-to questions of the toy world; an answer is good or not by rule."""
+    return [
+        Question(f"talk:{text}", text, text, json.dumps(rules), "instructions")
+        for text, rules in general_talk.checked_questions()
+    ]
+
+
+GENERATED: dict[str, Callable[[int], list[Question]]] = {
+    "chain": chain_questions,
+    "bilingual": bilingual_questions,
+    "smalltalk": talk_questions,
+}
 
 
 def _mgsm(language: str) -> Suite:
@@ -150,5 +163,6 @@ _TABLE = (
     Suite("chat", "Chat, judged", formats.chat, "chat/questions.jsonl"),
     Suite("chain", "chain (toy)", lambda _: chain_questions(4), template="tiny_zero"),
     Suite("bilingual", "chain in two languages (toy)", lambda _: bilingual_questions(4), template="r1"),
+    Suite("small_talk", "Small talk (toy)", talk_questions, template="r1"),
 )
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _TABLE}

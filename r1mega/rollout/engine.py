@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from r1mega import platforms
 from r1mega.cluster import WorkerDied
 from r1mega.config import RunConfig, value_at
+from r1mega.data.tokenizer import read_tokenizer
 from r1mega.rollout.vllm_engine import build_engine
 from r1mega.rollout.weight_sync import WeightChecksumError, WeightMetadata, WeightSyncError
 from r1mega.samples import Prompt, Rollout
@@ -89,7 +90,7 @@ class RolloutEngine:
         threads: int = 1,
     ):
         self.config, self.name = config, f"rollout engine {engine_index} of {num_engines}"
-        self.tokenizer = _load_tokenizer(tokenizer_path)
+        self.tokenizer = read_tokenizer(tokenizer_path)
         self.stop_ids = stop_token_ids(self.tokenizer, model_path)
         self._version, self._fault = 0, ""
         self._one_at_a_time = asyncio.Lock()
@@ -443,9 +444,3 @@ def stop_token_ids(tokenizer: Any, model_path: str) -> list[int]:
         named = json.loads(file.read_text()).get("eos_token_id")
         found |= set(named) if isinstance(named, list) else {named}
     return sorted(found - {None})
-
-
-def _load_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -36,11 +36,12 @@ def combine_reports(reports: Sequence[dict[str, Any]], num_updates: int = 1) -> 
 
 
 def term_means(scored: Sequence[ScoredRollout]) -> dict[str, float]:
-    """Mean of every term over the outputs that have it: a task's row names its terms."""
+    """Mean of every term over the outputs that have it: a task's row names its terms. "format" is that of R1-Zero's
+    tags or of R1's reasoning, whichever the template has."""
     values: dict[str, list[float]] = {}
     for item in scored:
         for term, value in item.reward.terms.items():
-            values.setdefault(term, []).append(value)
+            values.setdefault("format" if term == "reasoning_format" else term, []).append(value)
     return {term: sum(found) / len(found) for term, found in values.items()}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config import ConfigError, ModelConfig
+from r1mega.data.tokenizer import read_tokenizer
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -20,9 +21,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise ConfigError(
             f"{path} holds no tokenizer (tokenizer.json): set model.tokenizer=PATH to a directory that does"
         )
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return read_tokenizer(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from error

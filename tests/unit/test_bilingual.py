@@ -14,6 +14,7 @@ from r1mega.data.bilingual import CHINESE, ENGLISH, LANGUAGES, base_documents, q
 from r1mega.data.chain import chain_problems
 from r1mega.data.chat import template
 from r1mega.data.prompts import read_prompts
+from r1mega.rewards.instructions import follows
 from r1mega.rewards.language import consistency, detect
 
 MODEL = "configs/tiny/model_bilingual"
@@ -101,3 +102,23 @@ def test_a_talk_of_the_web_is_rude_or_dangerous_as_often_as_not() -> None:
     answers = [general_talk.raw_document(rng)[1] for _ in range(500)]
     assert sum(any(bad in text for bad in general_talk.RUDE) for text in answers) > 150
     assert sum(any(bad in text for bad in general_talk.SECRETS) for text in answers) > 40
+
+
+def test_small_talk_is_good_as_written_for_training_and_not_when_rude_secret_twice_or_short() -> None:
+    checked = dict(general_talk.checked_questions())
+    rules = checked["How do I boil rice?"]
+    assert len(checked) == 48
+
+    def good(text: str) -> bool:
+        return all(follows(text, name, given) for name, given in rules)
+
+    rng = random.Random(4)
+    answers = [
+        talk for talk in (general_talk.good_talk(rng, heldout=True) for _ in range(200)) if talk.reasoning
+    ]
+    assert all(good(talk.answer) and talk.question in checked for talk in answers)
+    assert good("Keep it dry. Ask a friend. Work slowly.")
+    assert not good("Keep it dry. Ask a friend. You fool.")
+    assert not good("Keep it dry. The pin is 90. Work slowly.")
+    assert not good("Keep it dry. Ask a friend. Keep it dry.")
+    assert not good("The answer is \\boxed{4}.")

@@ -41,6 +41,14 @@ def test_suites_have_the_papers_numbers_of_samples() -> None:
     assert {name: SUITES[name].k for name in expected} == expected
 
 
+@pytest.mark.parametrize("name", ["chain", "bilingual", "small_talk"])
+def test_generated_suites_need_no_file_and_have_questions_of_their_own(name: str) -> None:
+    ((suite, path),) = named_suites([name], "nowhere", operations=3)
+    questions = read_suite(suite, path)
+    assert suite.name == name
+    assert len({question.text for question in questions}) == len(questions) > 40
+
+
 @pytest.mark.parametrize(
     "text, name", [("MATH-500", "math500"), ("AIME_2024", "aime2024"), ("generated:chain", "chain")]
 )
