@@ -88,6 +88,7 @@ dev1 = replace(
 )
 dev2 = replace(
     zero,
+    num_steps=40,
     data=questions,
     grpo=replace(zero.grpo, clip_low=10.0, clip_high=10.0),
     rewards=RewardConfig(workers=1, weights={"accuracy": 1.0, "reasoning_format": 1.0, "language": 1.0}),
@@ -125,11 +126,11 @@ r1 = replace(
     rollout=replace(rollout, temperature=0.7),
     rewards=replace(
         dev2.rewards,
-        general_from=40,
+        general_from=30,
         task_weights={"helpful": {"helpful": 1.0, **GENERAL}, "safety": {"safety": 1.0, **GENERAL}},
     ),
 )
-student_base = replace(base, num_steps=600, model=student)
+student_base = replace(base, num_steps=400, model=student)
 distilled = replace(dev3, sft=replace(dev3.sft, num_epochs=6))
 
 
