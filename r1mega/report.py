@@ -124,12 +124,13 @@ def thin(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """The mean of every number, at the step of the last row."""
+    """The mean of every number, at the step and under the length limit of the last row."""
     mean: Row = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if row.get(name) is not None]
         mean[name] = sum(values) / len(values) if values else None
-    return mean | {"step": rows[-1]["step"]}
+    limit = {"max_tokens": rows[-1]["max_tokens"]} if rows[-1].get("max_tokens") else {}
+    return mean | {"step": rows[-1]["step"]} | limit
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[float | None]]:
