@@ -24,6 +24,7 @@ from r1mega.report import (
     paper,
     percent,
     plain,
+    with_ends,
     write_page,
 )
 from r1mega.stages import graph_drawing
@@ -283,7 +284,9 @@ def _curves(folder: PipelineFolder) -> list[dict[str, Any]]:
             "title": " against ".join(names),
             "note": _differences(folder, names),
             "stages": names,
-            "metrics": together({name: folder.metrics(name) for name in names}),
+            "metrics": together(
+                {name: with_ends(folder.metrics(name), folder.results(name)) for name in names}
+            ),
         }
         for names in groups.values()
     ]

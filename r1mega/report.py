@@ -48,7 +48,7 @@ def write_report(run_dir: str | Path) -> Path:
     samples = read_jsonl(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").is_file() else []
     results, lineage = _optional(run_dir / "results.json"), _optional(run_dir / "lineage.json")
     data = {
-        "metrics": columns(thin(rows, MAX_POINTS)),
+        "metrics": columns(thin(with_ends(rows, results), MAX_POINTS)),
         "samples": [clip(sample) for sample in spread(samples, MAX_SAMPLES)],
         "num_samples": len(samples),
         "chance": results.get("chance"),
@@ -113,6 +113,17 @@ def merge_steps(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         merged[row["step"]] = merged.get(row["step"], {}) | row
     return [merged[step] for step in sorted(merged)]
+
+
+def with_ends(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
+    """The steps with the held-out scores that results.json has from before the first and after the last."""
+    ends = []
+    for when, step in (("before", 0), ("after", rows[-1]["step"] if rows else 0)):
+        for kind in ("sampled", "greedy"):
+            score = results.get(when)
+            if isinstance(score, dict) and isinstance(score.get(kind), dict) and "accuracy" in score[kind]:
+                ends.append({"step": step, f"eval/{kind}": score[kind]["accuracy"]})
+    return merge_steps([*ends, *rows]) if rows else []
 
 
 def thin(rows: Sequence[Row], limit: int) -> list[Row]:

@@ -10,7 +10,7 @@ function allCharts() {
   plot(curves, {
     title: "Accuracy and format", hero: true, format: percent, min: 0, max: 1, level: run.chance, levelName: "chance",
     series: [
-      { key: "accuracy", label: "accuracy", color: 0 }, { key: "format", label: "format", color: 1 },
+      { key: "accuracy", label: "accuracy", color: 0 }, { key: recorded("format") ? "format" : "reasoning_format", label: "format", color: 1 },
       { key: "eval/sampled", label: "held-out, sampled", color: 2 },
       { key: "eval/greedy", label: "held-out, greedy", color: 4, dashed: true },
     ],
@@ -25,7 +25,7 @@ function allCharts() {
   one("Reflective words", "reflective_words", { min: 0, note: "the paper's ten words, per response" });
   one("“Aha” responses", "aha", { format: percent, min: 0, note: "share that turns back on itself" });
   one("Language mixing", "language_mixing", { format: percent, min: 0, note: "words of the reasoning that are not in the question's language" });
-  one("Language consistency", "language", { format: percent, min: 0, max: 1, note: "the reward" });
+  one("Language consistency", "language", { format: percent, min: 0, max: 1, note: "as the reward counts it: no words, no consistency" });
   one("Value loss", "value_loss", { min: 0 });
   one("Explained variance", "explained_variance", { max: 1, note: "of the returns, by the critic's values before the update" });
   one("Returns", "returns", { note: "mean per token" });

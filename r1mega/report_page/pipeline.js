@@ -18,7 +18,7 @@ function groupCharts(group, index) {
   for (const [name, title, more] of CURVES) {
     chart(row, { title, metrics, series: of(name), ...more, ...(name === "response_length" ? capped : {}) });
   }
-  chart(row, { title: "Reward, and held-out score (dashed)", metrics, series: [...of("reward"), ...of("eval/sampled", { label: "", dashed: true })] });
+  chart(row, { title: "Reward, and held-out score", metrics, min: 0, series: [...of("reward"), ...of("eval/sampled", { label: "held-out", dashed: true })] });
   if (first) for (const curve of Object.values(run.paper)) published(row, curve);
 }
 

@@ -169,10 +169,11 @@ def test_an_ablation_shares_its_picture_and_names_the_difference(pipeline: Path)
     assert group["title"] == "dev2 against dev2_mixed"
     assert group["note"] == "They differ in rewards.weights.language 1.0 / 0.0."
     columns = group["metrics"]
-    assert columns["step"] == list(range(1, 13))
-    assert (columns["dev2/language"][0], columns["dev2_mixed/language"][0]) == (0.9, 0.3)
-    assert columns["dev2/reflective_words"] == [0.75] * 12
-    assert columns["dev2_mixed/response_length"] == [40.0] * 12
+    assert columns["step"] == list(range(13))
+    assert (columns["dev2/language"][1], columns["dev2_mixed/language"][1]) == (0.9, 0.3)
+    assert columns["dev2/reflective_words"] == [None] + [0.75] * 12
+    assert columns["dev2_mixed/response_length"] == [None] + [40.0] * 12
+    assert columns["dev2/eval/sampled"] == [0.25] + [0.5] * 12, "before the first step too"
 
 
 def test_language_mixing_is_charted_also_where_language_is_no_term() -> None:
@@ -295,7 +296,7 @@ def test_a_half_done_pipeline_is_reported_as_far_as_it_is(pipeline: Path) -> Non
     assert cells(page, "Measured by the stages themselves", "dev2")[2] == "25.0% → …"
     assert ">2 of 3<" in page  # stages finished
     assert cells(page, "Cost", "dev2")[1] == "running, or stopped"
-    assert embedded(page)["groups"][0]["metrics"]["step"] == list(range(1, 13))
+    assert embedded(page)["groups"][0]["metrics"]["step"] == list(range(13))
     assert "No stage has been evaluated yet." in page
 
 

@@ -70,7 +70,9 @@ def test_the_report_holds_the_run(tmp_path):
     assert path == run / "report.html"
     assert "my_run" in page
     assert data["metrics"]["step"] == list(range(12))
-    assert data["metrics"]["eval/sampled"][:2] == [0.1, None]
+    assert data["metrics"]["eval/sampled"] == [0.1, *[None] * 4, 0.1, *[None] * 4, 0.1, 0.871], (
+        "and after the end"
+    )
     assert [line["step"] for line in data["samples"]] == [3, 4]
     assert data["chance"] == 0.1
     for words in (
