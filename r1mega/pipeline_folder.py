@@ -5,7 +5,6 @@ Nothing here raises for a stage's file: a report of a half-done or damaged pipel
 
 from __future__ import annotations
 
-import heapq
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +18,13 @@ from r1mega.config import ConfigError
 from r1mega.data.chat import THINK
 from r1mega.data.responses import parse_response
 from r1mega.report import clip, merge_steps
-from r1mega.rewards.readability import readability
+from r1mega.rewards.readability import MIN_LANGUAGE_SHARE, readability
 from r1mega.stages.graph import Pipeline, Stage, order
 from r1mega.stages.pipeline_state import FILE, Record, read
 from r1mega.training.metrics import read_jsonl
 
 QUESTIONS = 8
-"""Questions of a suite whose answers are shown; the same ones for every stage, whatever else was asked."""
+"""Questions of a suite whose answers are shown: those that all its stages were asked, or else any."""
 MAX_READ = 2000
 """Answers of a suite whose format and readability are judged."""
 MAX_PROMPT = 4000
@@ -43,12 +42,19 @@ class Begun:
 
 @dataclass(frozen=True)
 class Reading:
-    """Of one suite's answers: shares in [0, 1], and a few of them."""
+    """Of one suite's answers: shares in [0, 1], and where the first answer to each question stands."""
 
     format: float
     readable: float
-    rows: dict[str, dict[str, Any]]
-    """Question's id -> its first answer."""
+    file: Path
+    places: dict[str, int]
+    """Question's id -> the byte at which the row of its first answer begins."""
+
+    def answer(self, key: str) -> dict[str, Any]:
+        with self.file.open("rb") as lines:
+            lines.seek(self.places[key])
+            row = json.loads(lines.readline())
+        return clip(row | {"response": f"{THINK}{row['response']}"} if _opened(row) else row)
 
 
 @dataclass
@@ -161,35 +167,34 @@ class PipelineFolder:
         """None where there is no row, or the file is damaged."""
         formats: list[bool] = []
         readable: list[float] = []
-
-        def first_answers() -> Iterator[dict[str, Any]]:
-            for row in _rows(file):
-                opened = row["prompt"].rstrip().endswith(THINK)
+        places: dict[str, int] = {}
+        try:
+            for place, row in _rows(file):
                 if len(formats) < MAX_READ:
                     cut = row["finish_reason"] == "length"
-                    parsed = parse_response(row["response"], opened=opened, truncated=cut)
+                    parsed = parse_response(row["response"], opened=_opened(row), truncated=cut)
                     formats.append(parsed.ok)
-                    readable.append(readability(parsed.reasoning or row["response"])[0])
+                    language = row.get("language")  # the rule alone passes short texts of several languages
+                    same = language is None or language >= MIN_LANGUAGE_SHARE
+                    readable.append(readability(parsed.reasoning or row["response"])[0] * same)
                 if row["index"] == 0:
-                    yield clip(row | {"response": f"{THINK}{row['response']}"} if opened else row)
-
-        try:
-            chosen = heapq.nsmallest(QUESTIONS, first_answers(), key=lambda row: _place(row["id"]))
-            rows = {row["id"]: row for row in chosen}
+                    places[row["id"]] = place
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._unreadable(file, error)
             return None
         if not formats:
             return None
-        return Reading(sum(formats) / len(formats), sum(readable) / len(readable), rows)
+        return Reading(sum(formats) / len(formats), sum(readable) / len(readable), file, places)
 
     def answers(self, evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
-        """The same questions and each stage's first answer, suite by suite."""
+        """Some questions and each stage's first answer to them, suite by suite."""
         found = []
         for suite in dict.fromkeys(name for one in evaluated for name in one.read):
-            asked = [(one.stage, one.read[suite].rows) for one in evaluated if suite in one.read]
-            for key in sorted({key for _, rows in asked for key in rows}, key=_place)[:QUESTIONS]:
-                answers = [(stage, rows[key]) for stage, rows in asked if key in rows]
+            asked = [(one.stage, one.read[suite]) for one in evaluated if suite in one.read]
+            keys = [set(reading.places) for _, reading in asked]
+            chosen = sorted(set.intersection(*keys) or set.union(*keys), key=_place)[:QUESTIONS]
+            for key in chosen:
+                answers = [(stage, reading.answer(key)) for stage, reading in asked if key in reading.places]
                 found.append({
                     "suite": suite, "question": _question([row["prompt"] for _, row in answers]),
                     "answers": [
@@ -209,6 +214,7 @@ def _begun(file: Path) -> tuple[str, dict[str, Record]]:
         for record in records.values():
             record.config, record.sources = dict(record.config), dict(record.sources)
             record.wall_seconds, record.cpu_seconds = float(record.wall_seconds), float(record.cpu_seconds)
+            record.gpu_seconds = float(record.gpu_seconds)
             record.tokens, record.attempts = int(record.tokens), int(record.attempts)
         return str(json.loads(file.read_text(encoding="utf-8")).get("title", "")), records
     except ConfigError:
@@ -224,12 +230,19 @@ def _stage(name: str, record: Record, records: Mapping[str, Record]) -> Stage:
     return Stage(name, Begun(str(kind)), known, record.title)
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines only: an evaluation may be appending."""
-    with file.open(encoding="utf-8") as lines:
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(where it begins, row); whole lines only: an evaluation may be appending."""
+    place = 0
+    with file.open("rb") as lines:
         for line in lines:
-            if line.endswith("\n") and line.strip():
-                yield json.loads(line)
+            if line.endswith(b"\n") and line.strip():
+                yield place, json.loads(line)
+            place += len(line)
+
+
+def _opened(row: Mapping[str, Any]) -> bool:
+    """The prompt itself begins the reasoning."""
+    return row["prompt"].rstrip().endswith(THINK)
 
 
 def _place(key: str) -> tuple[int, str]:

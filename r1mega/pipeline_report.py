@@ -7,7 +7,7 @@ A file that is damaged, or missing where its stage is finished, is named on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,16 @@ from r1mega.report import (
     paper,
     percent,
     plain,
+    with_ends,
     write_page,
 )
+from r1mega.rewards.readability import MIN_LANGUAGE_SHARE
 from r1mega.stages import graph_drawing
 from r1mega.stages.pipeline_state import FILE
 
-CURVES = ("accuracy", "language", "response_length", "reflective_words")
+CURVES = (
+    "accuracy", "language", "response_length", "reflective_words", "aha", "reward", "eval/sampled", "max_tokens",
+)  # fmt: skip
 MEAN_OF = 10
 """Steps at either end of a run whose mean stands in the table."""
 
@@ -53,7 +57,7 @@ def write_pipeline_report(dir: str | Path) -> Path:
     parts = {
         "headline": _headline(folder, evaluated),
         "graph": _graph(folder),
-        "measures": _suites(evaluated) + _own_measures(folder),
+        "measures": _abreast(evaluated) + _suites(evaluated) + _own_measures(folder),
         "manifests": _manifests(folder),
         "cost": _cost(folder),
         "paper": _paper(published),
@@ -104,6 +108,11 @@ def _headline(folder: PipelineFolder, evaluated: Sequence[Evaluated]) -> str:
     cards += [
         _stat("Wall time", duration(sum(record.wall_seconds for record in records))),
         _stat("CPU time", duration(sum(record.cpu_seconds for record in records))),
+        *(
+            [_stat("GPU time", duration(gpus))]
+            if (gpus := sum(record.gpu_seconds for record in records))
+            else []
+        ),
         _stat("Tokens", plain(sum(record.tokens for record in records))),
     ]
     return "\n".join(cards)
@@ -141,13 +150,46 @@ def _plain(value: float | None) -> str:
     return NONE if value is None else plain(value)
 
 
+def _abreast(evaluated: Sequence[Evaluated]) -> str:
+    """The paper's view (R1, table 3): a column for each stage."""
+    shown = [one for one in evaluated if one.suites]
+    suites = dict.fromkeys(name for one in shown for name in one.suites)
+    rows = [
+        [f"{name}, pass@1", *(_share(number(one.suites.get(name, {}), "pass@1")) for one in shown)]
+        for name in suites
+    ]
+
+    def means(label: str, show: Any, values: Callable[[Evaluated], Iterable[float | None]]) -> None:
+        found = [[value for value in values(one) if value is not None] for one in shown]
+        rows.append([label, *(show(sum(each) / len(each) if each else None) for each in found)])
+
+    means("format", _share, lambda one: [read.format for read in one.read.values()])
+    means(
+        "language consistency",
+        _share,
+        lambda one: [number(m, "language_consistency") for m in one.suites.values()],
+    )
+    means("readable", _share, lambda one: [read.readable for read in one.read.values()])
+    means("tokens a response", _plain, lambda one: [number(m, "tokens") for m in one.suites.values()])
+    means("cut", _share, lambda one: [number(m, "truncated") for m in one.suites.values()])
+    note = (
+        "As in the paper's table of stages, which stands below. All rows but pass@1: means over the suites."
+    )
+    return (
+        _card("Stage by stage", table(("", *(one.stage for one in shown)), rows), note)
+        if len(shown) > 1
+        else ""
+    )
+
+
 SUITE_HEAD = (
     "stage", "pass@1", "95 % interval", "", "cons@k", "pass@k", "format", "language", "readable", "tokens", "cut",
     "repetitive", "questions", "k",
 )  # fmt: skip
 SUITE_NOTE = (
     "pass@1: mean over k samples. cons@k: the most frequent answer. pass@k: any of the k. format: tags in order. language: "
-    "words of the reasoning in the question's language. readable: reasoning in one language, without code blocks, "
+    f"words of the reasoning in the question's language. readable: reasoning in that language "
+    f"({MIN_LANGUAGE_SHARE:.0%} of its words), without code blocks, "
     f"overlong paragraphs and repetition (this and format: first {MAX_READ:,} answers). cut: stopped by the length limit."
 )
 
@@ -218,7 +260,7 @@ def _inner(values: Any, *names: str) -> Mapping[str, Any]:
 
 
 def _trained(rows: Sequence[Mapping[str, Any]], name: str, show: Any) -> str:
-    values = [row[name] for row in rows if number(row, name) is not None]
+    values = [row[name] for row in map(_watched, rows) if number(row, name) is not None]
     width = min(MEAN_OF, -(-len(values) // 2))
     return _change([sum(end) / width for end in (values[:width], values[-width:])], show) if width else NONE
 
@@ -244,7 +286,9 @@ def _curves(folder: PipelineFolder) -> list[dict[str, Any]]:
             "title": " against ".join(names),
             "note": _differences(folder, names),
             "stages": names,
-            "metrics": together({name: folder.metrics(name) for name in names}),
+            "metrics": together(
+                {name: with_ends(folder.metrics(name), folder.results(name)) for name in names}
+            ),
         }
         for names in groups.values()
     ]
@@ -256,11 +300,7 @@ def together(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[
     merged: dict[int, dict[str, Any]] = {}
     for name, rows in runs.items():
         bins: dict[int, list[dict[str, Any]]] = {}
-        reflects = any(value for row in rows for key, value in row.items() if key.startswith("words/"))
-        for row in rows:
-            words = [number(row, key) or 0.0 for key in row if key.startswith("words/")]
-            if words and reflects:
-                row = {**row, "reflective_words": sum(words)}
+        for row in map(_watched, rows):
             kept = {key: row.get(key) for key in CURVES if number(row, key) is not None}
             bins.setdefault(-(-row["step"] // size) * size, []).append({"step": row["step"]} | kept)
         for step, near in bins.items():
@@ -268,6 +308,12 @@ def together(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[
             values = {f"{name}/{key}": mean[key] for key in CURVES if key in mean}
             merged.setdefault(step, {"step": step}).update(values)
     return columns([merged[step] for step in sorted(merged)])
+
+
+def _watched(row: Mapping[str, Any]) -> dict[str, Any]:
+    """With the language as it is measured at every step, whether or not it is rewarded."""
+    mixing = number(row, "language_mixing")
+    return dict(row) if mixing is None else {**row, "language": 1 - mixing}
 
 
 def _differences(folder: PipelineFolder, names: Sequence[str]) -> str:
@@ -327,14 +373,19 @@ def _one(value: float | None) -> str:
 
 
 def _cost(folder: PipelineFolder) -> str:
-    head = ("stage", "kind", "status", "starts", "wall", "CPU", "tokens", "tokens a second", "share of wall")
+    gpus = sum(record.gpu_seconds for record in folder.records.values())
+    gpu_head = ("GPU time",) if gpus else ()
+    head = (
+        "stage", "kind", "status", "starts", "wall time", "CPU time", *gpu_head, "tokens", "tokens a second", "share of wall",
+    )  # fmt: skip
     whole = sum(record.wall_seconds for record in folder.records.values()) or 1.0
     rows = []
     for stage in folder.stages:
         record = folder.records[stage.name]
         rows.append([
             stage.name, stage.kind, _status(record.status), str(record.attempts), duration(record.wall_seconds),
-            duration(record.cpu_seconds), f"{record.tokens:,}" if record.tokens else NONE,
+            duration(record.cpu_seconds), *((duration(record.gpu_seconds) if record.gpu_seconds else NONE,) if gpus else ()),
+            f"{record.tokens:,}" if record.tokens else NONE,
             plain(record.tokens / record.wall_seconds) if record.tokens and record.wall_seconds else NONE,
             percent(record.wall_seconds / whole),
         ])  # fmt: skip
@@ -342,9 +393,14 @@ def _cost(folder: PipelineFolder) -> str:
     sums = [
         "Total", "", "", str(sum(record.attempts for record in records)),
         duration(sum(record.wall_seconds for record in records)),
-        duration(sum(record.cpu_seconds for record in records)), f"{sum(r.tokens for r in records):,}", "", "",
+        duration(sum(record.cpu_seconds for record in records)), *((duration(gpus),) if gpus else ()),
+        f"{sum(r.tokens for r in records):,}", "", "",
     ]  # fmt: skip
-    return table(head, rows, sums)
+    return table(head, rows, sums) + _faint(COST_NOTE + (GPU_NOTE if gpus else ""))
+
+
+COST_NOTE = "Tokens: trained on (SFT, reward models) or sampled (RL, data, evaluation)."
+GPU_NOTE = " GPU time: wall time times the GPUs that the stage held (trainer ranks, engines, reward models), busy or not."
 
 
 def _status(status: str) -> str:

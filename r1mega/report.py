@@ -48,7 +48,7 @@ def write_report(run_dir: str | Path) -> Path:
     samples = read_jsonl(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").is_file() else []
     results, lineage = _optional(run_dir / "results.json"), _optional(run_dir / "lineage.json")
     data = {
-        "metrics": columns(thin(rows, MAX_POINTS)),
+        "metrics": columns(thin(with_ends(rows, results), MAX_POINTS)),
         "samples": [clip(sample) for sample in spread(samples, MAX_SAMPLES)],
         "num_samples": len(samples),
         "chance": results.get("chance"),
@@ -115,6 +115,17 @@ def merge_steps(rows: Iterable[Row]) -> list[Row]:
     return [merged[step] for step in sorted(merged)]
 
 
+def with_ends(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
+    """The steps with the held-out scores that results.json has from before the first and after the last."""
+    ends = []
+    for when, step in (("before", 0), ("after", rows[-1]["step"] if rows else 0)):
+        for kind in ("sampled", "greedy"):
+            score = results.get(when)
+            if isinstance(score, dict) and isinstance(score.get(kind), dict) and "accuracy" in score[kind]:
+                ends.append({"step": step, f"eval/{kind}": score[kind]["accuracy"]})
+    return merge_steps([*ends, *rows]) if rows else []
+
+
 def thin(rows: Sequence[Row], limit: int) -> list[Row]:
     """At most `limit` rows: each the mean of neighbouring rows, at the step of the last of them."""
     if len(rows) <= limit:
@@ -124,12 +135,13 @@ def thin(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """The mean of every number, at the step of the last row."""
+    """The mean of every number, at the step and under the length limit of the last row."""
     mean: Row = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if row.get(name) is not None]
         mean[name] = sum(values) / len(values) if values else None
-    return mean | {"step": rows[-1]["step"]}
+    limit = {"max_tokens": rows[-1]["max_tokens"]} if rows[-1].get("max_tokens") else {}
+    return mean | {"step": rows[-1]["step"]} | limit
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[float | None]]:

@@ -96,6 +96,12 @@ function published(parent, curve) {
   chart(parent, { ...curve, ...scale, apart: true, min: 0, series: [{ key: "value", label: "", color: 1, exact: true }] });
 }
 
+// Where the length limit changes: lines in a chart.
+function limits(steps, caps) {
+  const marks = steps.map((_, index) => index).filter((index) => index && caps[index] && caps[index - 1] && caps[index] !== caps[index - 1]);
+  return { marks: marks.map((index) => steps[index]), markNames: marks.map((index) => "limit " + number(caps[index])) };
+}
+
 function nearest(steps, step) {
   let best = 0;
   steps.forEach((value, index) => { if (Math.abs(value - step) < Math.abs(steps[best] - step)) best = index; });

@@ -10,7 +10,7 @@ function allCharts() {
   plot(curves, {
     title: "Accuracy and format", hero: true, format: percent, min: 0, max: 1, level: run.chance, levelName: "chance",
     series: [
-      { key: "accuracy", label: "accuracy", color: 0 }, { key: "format", label: "format", color: 1 },
+      { key: "accuracy", label: "accuracy", color: 0 }, { key: recorded("format") ? "format" : "reasoning_format", label: "format", color: 1 },
       { key: "eval/sampled", label: "held-out, sampled", color: 2 },
       { key: "eval/greedy", label: "held-out, greedy", color: 4, dashed: true },
     ],
@@ -20,13 +20,12 @@ function allCharts() {
       ...["helpful", "safety", "judge"].map((key, index) => ({ key, label: key, color: 5 + index })),
       { key: "eval/sampled", label: "held-out", color: 2 }],
   });
-  const steps = metrics.step || [], caps = metrics.max_tokens || [];
-  const marks = steps.map((_, index) => index).filter((index) => index && caps[index] && caps[index - 1] && caps[index] !== caps[index - 1]);
-  const capped = { min: 0, marks: marks.map((index) => steps[index]), markNames: marks.map((index) => "limit " + number(caps[index])) };
+  const capped = { min: 0, ...limits(metrics.step || [], metrics.max_tokens || []) };
   one("Response length (tokens)", "response_length", capped);
   one("Reflective words", "reflective_words", { min: 0, note: "the paper's ten words, per response" });
   one("“Aha” responses", "aha", { format: percent, min: 0, note: "share that turns back on itself" });
-  one("Language consistency", "language", { format: percent, note: "1 less this is language mixing" });
+  one("Language mixing", "language_mixing", { format: percent, min: 0, note: "words of the reasoning that are not in the question's language" });
+  one("Language consistency", "language", { format: percent, min: 0, max: 1, note: "as the reward counts it: no words, no consistency" });
   one("Value loss", "value_loss", { min: 0 });
   one("Explained variance", "explained_variance", { max: 1, note: "of the returns, by the critic's values before the update" });
   one("Returns", "returns", { note: "mean per token" });

@@ -4,16 +4,22 @@ const CURVES = [
   ["language", "Language consistency", { format: percent, min: 0, max: 1 }],
   ["response_length", "Response length (tokens)", { min: 0 }],
   ["reflective_words", "Reflective words per response", { min: 0 }],
+  ["aha", "“Aha” responses", { format: percent, min: 0 }],
 ];
 
-function groupCharts(group) {
+function groupCharts(group, index) {
+  const first = index === 0; // the paper's R1-Zero beside ours
   const row = make("div", { class: "charts four" });
   const notes = group.note ? [make("p", { class: "faint" }, group.note)] : [];
   document.getElementById("groups").append(make("h3", { class: "group" }, group.title), ...notes, row);
+  const { metrics, stages } = group;
+  const of = (name, more) => stages.map((stage, color) => ({ key: stage + "/" + name, label: stage, color, ...more }));
+  const capped = limits(metrics.step, metrics[stages[0] + "/max_tokens"] || []);
   for (const [name, title, more] of CURVES) {
-    const series = group.stages.map((stage, color) => ({ key: stage + "/" + name, label: stage, color }));
-    chart(row, { title, metrics: group.metrics, series, ...more });
+    chart(row, { title, metrics, series: of(name), ...more, ...(name === "response_length" ? capped : {}) });
   }
+  chart(row, { title: "Reward, and held-out score", metrics, min: 0, series: [...of("reward"), ...of("eval/sampled", { label: "held-out", dashed: true })] });
+  if (first) for (const curve of Object.values(run.paper)) published(row, curve);
 }
 
 function answerCell(answer) {
@@ -38,5 +44,5 @@ run.groups.forEach(groupCharts);
 if (!run.groups.length) document.getElementById("groups").append(make("p", { class: "faint" }, "No stage of reinforcement learning has recorded a step."));
 document.getElementById("answers").append(...run.answers.map(questionRow));
 document.getElementById("answers-section").hidden = !run.answers.length;
-for (const curve of Object.values(run.paper)) published(document.getElementById("paper-curves"), curve);
+if (!run.groups.length) for (const curve of Object.values(run.paper)) published(document.getElementById("paper-curves"), curve);
 showCharts();

@@ -149,9 +149,7 @@ def language_term(services: Services) -> RewardTerm:
     exact = services.rewards.exact_chinese
 
     async def language(rollout: Rollout) -> tuple[float, str]:
-        return await _read(
-            lambda text: consistency(text, _language_of(rollout), exact_chinese=exact), rollout
-        )
+        return await _read(lambda text: consistency(text, language_of(rollout), exact_chinese=exact), rollout)
 
     return language
 
@@ -170,7 +168,7 @@ def readability_term(_: Services) -> RewardTerm:
     """1 for a chain without long paragraphs, code blocks, mixed languages or loops."""
 
     async def readable(rollout: Rollout) -> tuple[float, str]:
-        return await _read(lambda text: readability(text, _language_of(rollout)), rollout)
+        return await _read(lambda text: readability(text, language_of(rollout)), rollout)
 
     return readable
 
@@ -190,14 +188,20 @@ def length_term(_: Services) -> RewardTerm:
 
 
 async def _read(measure: Callable[[str], Result], rollout: Rollout) -> Result:
-    """`measure` of the chain of thought. A response without </think> or <think> is all chain: none is left out."""
-    chain = chain_of_thought(rollout.response_text) or chain_of_thought(rollout.response_text, opened=True)
+    """`measure` of the chain of thought."""
+    chain = chain_of(rollout)
     if len(chain) <= INLINE_CHARACTERS:
         return measure(chain)
     return await asyncio.to_thread(measure, chain)
 
 
-def _language_of(rollout: Rollout) -> str:
+def chain_of(rollout: Rollout) -> str:
+    """The chain of thought. A response without </think> or <think> is all chain: none is left out."""
+    return chain_of_thought(rollout.response_text) or chain_of_thought(rollout.response_text, opened=True)
+
+
+def language_of(rollout: Rollout) -> str:
+    """Of the question."""
     return _detected(rollout.prompt.question)
 
 

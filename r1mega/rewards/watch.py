@@ -1,8 +1,8 @@
-"""The alarm against reward hacking: a model's reward rises while the held-out rule score falls.
+"""What is watched besides the rewards: language mixing at every step, and an alarm against reward hacking.
 
-The paper saw this and kept preference rewards to the last steps (R1, 3.2.2); the test is ours. Both
-movements must be beyond noise: the rule score since its best evaluation by a two-proportion z-test, the model
-reward since then by the t statistic of its slope.
+Hacking: a model's reward rises while the held-out rule score falls. The paper saw this and kept
+preference rewards to the last steps (R1, 3.2.2); the test is ours. Both movements must be beyond noise: the rule score
+since its best evaluation by a two-proportion z-test, the model reward since then by the t statistic of its slope.
 """
 
 from __future__ import annotations
@@ -11,10 +11,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from r1mega.rewards.language import consistency
+from r1mega.rewards.terms import chain_of, language_of
+from r1mega.samples import ScoredRollout
+
+READ = 128
+"""Outputs of a rollout that are read for their language where `language` is no term of theirs."""
 SIGNIFICANT = 1.96
 """Standard errors: 95 %."""
 MIN_STEPS = 4
 """Steps since the best evaluation, below which no slope is estimated."""
+
+
+def language_mixing(scored: Sequence[ScoredRollout]) -> float | None:
+    """Share of the words in chains of thought that are not in the question's language, the mean over outputs.
+
+    Formulas alone are no language: outputs without words do not count, and where none has words there is no number.
+    What the term `language` has measured is taken; else READ outputs, evenly spread, are measured here.
+    """
+    shares = []
+    for item in scored[:: -(-len(scored) // READ) or 1]:
+        terms, verdicts = item.reward.terms, item.reward.verdicts
+        if "language" in terms:
+            share, why = terms["language"], verdicts["language"]
+        else:
+            share, why = consistency(chain_of(item.rollout), language_of(item.rollout))
+        if why not in ("no_words", "no_target"):
+            shares.append(share)
+    return 1 - sum(shares) / len(shares) if shares else None
 
 
 def reward_hacking(rows: Sequence[Mapping[str, Any]], terms: Sequence[str], heldout: int) -> str | None:

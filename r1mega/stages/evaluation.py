@@ -49,7 +49,8 @@ def run(config: EvaluationConfig, console: Console) -> dict[str, Any]:
         if contests:
             results["codeforces"] = contests
         model = config.model or config.endpoint.model or config.generations
-        written = {"finished": True, "model": model, "suites": folder.results() | results}
+        suites = folder.results() | results
+        written = {"finished": True, "model": model, "tokens": folder.tokens(), "suites": suites}
         write_json(folder.path / "results.json", written)
     _show(results, console)
     console.note(f"results in {config.folder}")

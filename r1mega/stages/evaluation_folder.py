@@ -80,6 +80,14 @@ class EvaluationFolder:
 
             yield append
 
+    def tokens(self) -> int:
+        """Of all samples that are there, whatever suite; a file of others' generations has none."""
+        counted = 0
+        for file in (self.path / "generations").glob("*.jsonl"):
+            with file.open("rb") as lines:
+                counted += sum(json.loads(line).get("tokens") or 0 for line in lines if line.endswith(b"\n"))
+        return counted
+
     def results(self) -> dict[str, Any]:
         file = self.path / "results.json"
         return json.loads(file.read_text())["suites"] if file.exists() else {}

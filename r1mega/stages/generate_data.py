@@ -56,7 +56,9 @@ def run(config: GenerateData, directory: RunDirectory, console: Console) -> None
     _show(console, directory, job.manifest)
     if not manifest["total"]["samples"]:
         raise ConfigError(f"{directory.path}: no row is left; manifest.json counts what dropped them")
-    directory.add_results(finished=True, rows=manifest["total"]["samples"], manifest=manifest)
+    directory.add_results(
+        finished=True, rows=manifest["total"]["samples"], tokens=job.tokens_sampled(), manifest=manifest
+    )
 
 
 class Generation:
@@ -94,6 +96,10 @@ class Generation:
     def waiting(self) -> bool:
         """Some prompt has yet to be sampled: engines are needed."""
         return any(work.waiting for work in self.works)
+
+    def tokens_sampled(self) -> int:
+        """Kept or dropped; what the rewriter's endpoint wrote is not ours to count."""
+        return sum(row["tokens"] for work in self.works for shard in work.samples for row in shard.read())
 
     def _work(self, source: Source) -> SampledShards:
         config = replace(self.config.run_config(source.model), stage="rl")

@@ -123,13 +123,28 @@ def _file(path: str | Path) -> Path:
     return Path(path) / FILE if Path(path).is_dir() else Path(path)
 
 
+def _present(path: str | Path) -> Path:
+    """The pipeline's file; FileNotFoundError with the nearest folder that holds one."""
+    if _file(path).is_file():
+        return _file(path)
+    wanted = Path(path).parent if Path(path).suffix == ".py" else Path(path)
+    around = next((parent for parent in wanted.parents if parent.is_dir()), Path())
+    folders = {
+        file.parent.name: file.parent for root in (Path("configs"), around) for file in root.glob(f"*/{FILE}")
+    }
+    near = [str(folders[name]) for name in difflib.get_close_matches(wanted.name, folders, n=1)]
+    what = f"no {FILE} in the folder {path}" if Path(path).is_dir() else f"no pipeline {path}"
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(f"{what}; {hint}a pipeline is a folder with {FILE}, or such a file")
+
+
 def load(path: str | Path, texts: Sequence[str] = ()) -> Pipeline:
     """The checked pipeline of a folder or file, with `dir=`, `seed=` and `stage.section.field=value` overrides.
 
     `seed` goes to every stage that has one. An override of an input's setting takes the place of the input, so
     that a stage can start from any path. Raises FileNotFoundError or ConfigError, one line each.
     """
-    pipeline = overrides.bound(_file(path), "pipeline", Pipeline)
+    pipeline = overrides.bound(_present(path), "pipeline", Pipeline)
     if not pipeline.dir:
         pipeline = dataclasses.replace(pipeline, dir=str(Path("runs") / identity(path)))
     check(pipeline)

@@ -7,9 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from r1mega import overrides
+from r1mega.data.suites import named_suites
+from r1mega.stages.evaluation_config import EvaluationConfig
+from r1mega.stages.graph import Stage
 
 WRITTEN = {"dir", "cache", "offload"}
 """Settings that name what a stage writes."""
+READ = {
+    "path", "paths", "eval_path", "tokenizer", "helpful_model", "safety_model", "few_shot", "direct", "human", "general",
+    "decontaminate", "generations", "contests",
+}  # fmt: skip
+"""Settings that name what a stage reads."""
+
+
+def missing_inputs(stage: Stage, pipeline_dir: Path) -> Iterator[tuple[str, str]]:
+    """(setting, path) of what a stage is to read and is not there, but for what other stages make."""
+    config = stage.config
+    from_graph = {overrides.full_name(config, setting) for setting in stage.inputs}
+    evaluates = isinstance(config, EvaluationConfig)
+    for setting, value in overrides.settings(config).items():
+        if setting.rpartition(".")[2] not in READ and not (evaluates and setting == "model"):
+            continue
+        for name, text, _ in _texts(setting, value):
+            made = name in from_graph or Path(text).resolve().is_relative_to(pipeline_dir.resolve())
+            if text and not made and not text.startswith("generated:") and not Path(text).exists():
+                yield name, text
+    if evaluates and not config.generations:
+        for name in config.suites:
+            try:
+                named_suites([name], config.data, operations=config.operations)
+            except FileNotFoundError:
+                yield "suites" if "=" in name or Path(name).suffix else "data", f"{config.data}, suite {name}"
 
 
 def named_files(config: Any) -> dict[str, Path]:

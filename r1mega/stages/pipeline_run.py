@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r1mega import overrides
+from r1mega import overrides, platforms
 from r1mega.config import ConfigError
 from r1mega.stages import child, pipeline_state
 from r1mega.stages.console import Console
-from r1mega.stages.fingerprint import Checksums, Fingerprint, fingerprint
+from r1mega.stages.fingerprint import Checksums, Fingerprint, code_version, fingerprint
 from r1mega.stages.graph import Pipeline, Stage, did_you_mean, order
+from r1mega.stages.inputs import missing_inputs
+from r1mega.stages.pipeline_cost import gpus_of, tokens_of
 from r1mega.stages.pipeline_state import Record, State
 from r1mega.stages.run_directory import RESUMABLE, write_text
 
@@ -63,12 +65,34 @@ def run(pipeline: Pipeline, identity: str, choice: Choice, console: Console) -> 
         if name not in pipeline.names:
             near = did_you_mean(name, pipeline.names)
             raise ConfigError(f"no stage {name!r}; {near}the stages are {', '.join(pipeline.names)}")
+    pipeline_state.check_owner(pipeline.dir, identity)
+    records = pipeline_state.read(pipeline.dir)
+    _check_paths(pipeline, records, choice)
     if choice.dry:
-        pipeline_state.check_owner(pipeline.dir, identity)
-        _Runner(pipeline, pipeline_state.read(pipeline.dir), choice, console).show()
+        _Runner(pipeline, records, choice, console).show()
         return
     with State(pipeline.dir, identity, pipeline.title) as state:
         _Runner(pipeline, state.records, choice, console, state).run()
+
+
+def _check_paths(pipeline: Pipeline, records: dict[str, Record], choice: Choice) -> None:
+    """ConfigError for a file or folder that a stage is to read and that is not there, before the first stage runs.
+
+    What a stage has read that is finished and stays so may be gone.
+    """
+    anew = pipeline.after(choice.start) if choice.start else set()
+    for stage in order(pipeline):
+        record = records.get(stage.name, Record())
+        stands = _finished(pipeline.folder(stage.name)) and not record.anew and stage.name not in anew
+        stands = stands and (choice.ignore_code or record.code == code_version())
+        now = json.loads(json.dumps(overrides.settings(stage.config), default=str))
+        same = {name for name, value in now.items() if stands and record.config.get(name) == value}
+        for setting, path in missing_inputs(stage, Path(pipeline.dir)):
+            if choice.only in ("", stage.name) and not {setting, setting.rpartition(".")[0]} & same:
+                raise ConfigError(
+                    f"stage {stage.name}: {setting}={path}: no such file or folder; paths begin at the working "
+                    f"directory, here {Path.cwd()}: start where it lies, or set {stage.name}.{setting}=PATH"
+                )
 
 
 class _Runner:
@@ -215,18 +239,22 @@ class _Runner:
         folder.mkdir(exist_ok=True)
         file = folder / CONFIG_FILE
         write_text(file, overrides.to_python(self.pipeline.resolved(stage)))
-        state, before, saved = self.state, record.wall_seconds, 0.0
+        state, saved = self.state, 0.0
+        gpus, wall, gpu = _gpus(stage.config), record.wall_seconds, record.gpu_seconds
+
+        def spent(seconds: float) -> None:
+            record.wall_seconds, record.gpu_seconds = wall + seconds, gpu + seconds * gpus
 
         def tick(seconds: float) -> None:
             nonlocal saved
-            record.wall_seconds = before + seconds
+            spent(seconds)
             if seconds > saved + SAVE_SECONDS:
                 saved = seconds
                 state.save()
 
         command = [sys.executable, "-m", "r1mega", stage.command, str(file)]
         ended = child.run(command, [state.descriptor], tick)
-        record.wall_seconds = before + ended.wall_seconds
+        spent(ended.wall_seconds)
         record.cpu_seconds += ended.cpu_seconds
         if ended.leftovers:
             self.console.note(f"processes that stage {stage.name} started are still running")
@@ -234,9 +262,10 @@ class _Runner:
             self._fail(record, stage, ended)
         self._finish(stage)
         tokens = f", {record.tokens:,} tokens" if record.tokens else ""
+        gpus_held = f", {record.gpu_seconds:,.1f} GPU-s" if record.gpu_seconds else ""
         self.console.note(
             f"      {stage.name:<{self.width}}  finished  "
-            f"{record.wall_seconds:,.1f} s, {record.cpu_seconds:,.1f} CPU-s{tokens}"
+            f"{record.wall_seconds:,.1f} s, {record.cpu_seconds:,.1f} CPU-s{gpus_held}{tokens}"
         )
 
     def _fail(self, record: Record, stage: Stage, ended: child.Ended) -> None:
@@ -263,7 +292,7 @@ class _Runner:
                 record.status, record.message = "failed", f"it made no {artefact}"
                 self.state.save()
                 raise StageFailed(f"stage {stage.name}: finished, but made no {path}, which others take", 1)
-        record.status, record.ended, record.tokens = "finished", pipeline_state.now(), _tokens(folder)
+        record.status, record.ended, record.tokens = "finished", pipeline_state.now(), tokens_of(folder)
         self.checksums.save()
         self.state.save()
 
@@ -277,6 +306,13 @@ def _holds_work(folder: Path) -> bool:
 def _finished(folder: Path) -> bool:
     file = folder / "results.json"
     return file.is_file() and json.loads(file.read_text()).get("finished") is True
+
+
+def _gpus(config: Any) -> int:
+    try:
+        return gpus_of(config, platforms.detect(getattr(config, "platform", "auto")))
+    except ValueError:  # no such platform here: the stage will say so
+        return 0
 
 
 def _setting(stage: Stage, source: str) -> str:
@@ -296,15 +332,3 @@ def _move_aside(folder: Path) -> None:
     while (target := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
         number += 1
     os.rename(folder, target)
-
-
-def _tokens(folder: Path) -> int:
-    """Counted by the stage in results.json, or summed over its steps."""
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    if "tokens" in results:
-        return int(results["tokens"])
-    file = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return round(
-        sum(row.get("tokens") or row.get("tokens_per_second", 0) * row.get("time/step", 0) for row in rows)
-    )

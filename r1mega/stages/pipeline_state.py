@@ -45,6 +45,8 @@ class Record:
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     """Of the whole process tree; a killed pipeline's last attempt is not in it."""
+    gpu_seconds: float = 0.0
+    """Wall seconds times the GPUs that the stage held (trainer ranks, engines, reward models), busy or not."""
     tokens: int = 0
     """Trained on (SFT) or sampled (RL, data, evaluation), where the stage counts them."""
     anew: bool = False

@@ -64,6 +64,7 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
         kept=len(kept),
         drops=dict(drops),
         facts=facts,
+        tokens=round(facts["tokens"]),
         endpoint=asked,
     )
     _show(console, directory, len(pairs), kept, drops, facts)

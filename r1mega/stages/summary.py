@@ -10,6 +10,7 @@ import torch
 
 from r1mega.algorithms.losses import combine, summarise
 from r1mega.rewards.reflection import has_aha, reflective_words
+from r1mega.rewards.watch import language_mixing
 from r1mega.samples import ScoredRollout
 
 GIB = 1 << 30
@@ -46,7 +47,10 @@ def term_means(scored: Sequence[ScoredRollout]) -> dict[str, float]:
 
 
 def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
-    """Means over the outputs of one rollout; verdicts as counts, reflective words per response, the share with "aha"."""
+    """Means over the outputs of one rollout; verdicts as counts, reflective words per response, the share with "aha".
+
+    language_mixing is absent where no output has words.
+    """
     n = max(1, len(scored))
     metrics = {
         "reward": sum(item.reward.total for item in scored) / n,
@@ -55,6 +59,8 @@ def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
         "aha": sum(has_aha(item.rollout.response_text) for item in scored) / n,
     }
     metrics |= term_means(scored)
+    if (mixing := language_mixing(scored)) is not None:
+        metrics["language_mixing"] = mixing
     verdicts = Counter(
         f"{term}:{verdict}" for item in scored for term, verdict in item.reward.verdicts.items()
     )

@@ -280,8 +280,10 @@ def test_an_endpoint_is_sampled_k_times_and_more_samples_can_follow(maths: Path,
         assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (0.6, 0.95, 50)
         assert ask(tmp_path / "out", maths, server.url, "--k", "3") == 0
         assert len(server.requests) == 6
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["own"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = results["suites"]["own"]
     assert (found["k"], found["pass@1"]) == (3, 0.5)
+    assert results["tokens"] == sum(row["tokens"] for row in rows(tmp_path / "out", "own")) > 0
 
 
 def test_a_torn_last_line_is_dropped_and_asked_again(maths: Path, tmp_path: Path) -> None:

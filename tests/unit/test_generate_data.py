@@ -97,7 +97,9 @@ def test_rejection_sampling_leaves_right_rows_a_manifest_and_their_lineage(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["dropped"] == {"accuracy:unequal": 4, "prompts: contaminated": 1}
     assert manifest["sources"] == {"rejection_sampling": 4, "general": 1}
-    assert json.loads((out / "results.json").read_text())["finished"] is True
+    results = json.loads((out / "results.json").read_text())
+    assert results["finished"] is True
+    assert results["tokens"] == 4 * 2 * 9, "of all samples, dropped ones too"
     inputs = json.loads((out / "lineage.json").read_text())["inputs"]
     assert set(inputs) == {"model.path", "data.path", "decontaminate.0", "general"}
     before = (out / "data.jsonl").stat().st_mtime_ns

@@ -152,8 +152,15 @@ def test_a_wrong_override_is_told_in_one_line(folder: Path, override: str, words
 
 
 def test_a_missing_or_wrong_file_is_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config file .*none/pipeline\.py|no config file .*none"):
+    with pytest.raises(FileNotFoundError, match=rf"no pipeline {tmp_path}/none; a pipeline is a folder"):
         load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=rf"no pipeline .*; did you mean {folder}\?"):
+        load(str(folder)[:-1])
+    with pytest.raises(FileNotFoundError, match=rf"no pipeline .*; did you mean {folder}\?"):
+        load(folder / "pipelin.py")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no pipeline\.py in the folder"):
+        load(tmp_path / "empty")
     (folder / "pipeline.py").write_text("config = 1\n")
     with pytest.raises(ConfigError, match="binds no name `pipeline`"):
         load(folder)

@@ -39,8 +39,12 @@ def train(folder: Path, language: float, stage: str = "rl") -> None:
     """What a training run of 12 steps leaves."""
     with Recorder(folder) as recorder:
         for step in range(1, 13):
-            terms = {"accuracy": step / 12, "language": language, "words/wait": 0.5, "words/but": 0.25}
-            others = {"response_length": LENGTHS[folder.name]}
+            terms = {"accuracy": step / 12, "language": language, "reward": step / 6, "eval/sampled": 0.5}
+            watched = {"words/wait": 0.5, "words/but": 0.25, "reflective_words": 0.75, "aha": 0.125}
+            others = watched | {
+                "response_length": LENGTHS[folder.name],
+                "max_tokens": 64 if step < 7 else 128,
+            }
             recorder.log(step, {"nll": 3.0 / step} if stage == "sft" else terms | others)
     ends = {} if stage == "sft" else {
         when: {kind: {"accuracy": value, "format": 0.9, "n": 64} for kind in ("sampled", "greedy")}
@@ -165,10 +169,20 @@ def test_an_ablation_shares_its_picture_and_names_the_difference(pipeline: Path)
     assert group["title"] == "dev2 against dev2_mixed"
     assert group["note"] == "They differ in rewards.weights.language 1.0 / 0.0."
     columns = group["metrics"]
-    assert columns["step"] == list(range(1, 13))
-    assert (columns["dev2/language"][0], columns["dev2_mixed/language"][0]) == (0.9, 0.3)
-    assert columns["dev2/reflective_words"] == [0.75] * 12
-    assert columns["dev2_mixed/response_length"] == [40.0] * 12
+    assert columns["step"] == list(range(13))
+    assert (columns["dev2/language"][1], columns["dev2_mixed/language"][1]) == (0.9, 0.3)
+    assert columns["dev2/reflective_words"] == [None] + [0.75] * 12
+    assert columns["dev2_mixed/response_length"] == [None] + [40.0] * 12
+    assert columns["dev2/eval/sampled"] == [0.25] + [0.5] * 12, "before the first step too"
+
+
+def test_language_mixing_is_charted_also_where_language_is_no_term() -> None:
+    rows = [
+        {"step": 1, "accuracy": 0.5, "language_mixing": 0.25},
+        {"step": 2, "language_mixing": 0.5, "language": 0.1},
+    ]
+    assert together({"zero": rows})["zero/language"] == [0.75, 0.5]
+    assert together({"old": [{"step": 1, "language": 0.1}]})["old/language"] == [0.1]
 
 
 def test_runs_of_different_length_share_one_axis() -> None:
@@ -188,6 +202,47 @@ def test_stages_answer_the_same_questions(pipeline: Path) -> None:
         assert [answer["stage"] for answer in entry["answers"]] == ["dev1", "dev2"]
         assert all(answer["correct"] for answer in entry["answers"])
         assert entry["question"].startswith("How many are")
+
+
+def test_of_stages_that_were_asked_differently_the_common_questions_are_shown(pipeline: Path) -> None:
+    file = pipeline / "eval_dev1/generations/sums.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = {f"q{n}" for n in (2, 5, 11)}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["id"] in kept))
+    entries = embedded(write_pipeline_report(pipeline).read_text())["answers"]
+    assert [[answer["stage"] for answer in entry["answers"]] for entry in entries] == [["dev1", "dev2"]] * 3
+    for entry in entries:
+        texts = [answer["response"] for answer in entry["answers"]]
+        assert len({text.split("</think>")[0] for text in texts}) == 1, "of one question"
+        assert all(entry["question"].split()[3] in text for text in texts)
+
+
+def test_a_chain_that_mixes_languages_is_not_readable_however_short(pipeline: Path) -> None:
+    file = pipeline / "eval_dev1/generations/sums.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    mixed = [row | {"language": 0.4} if n < len(rows) // 4 else row for n, row in enumerate(rows)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    page = write_pipeline_report(pipeline).read_text()
+    assert cells(page, "Stage by stage", "readable") == ["75.0%", "100.0%"]
+
+
+def test_stages_stand_in_columns_as_in_the_papers_table(pipeline: Path) -> None:
+    page = write_pipeline_report(pipeline).read_text()
+    heads = re.findall(r"<th>(.*?)</th>", page.split(">Stage by stage</h3>")[1].split("</thead>")[0])
+    assert heads == ["", "dev1", "dev2"]
+    assert cells(page, "Stage by stage", "sums, pass@1") == ["62.5%", "100.0%"]
+    assert cells(page, "Stage by stage", "language consistency") == ["100.0%", "100.0%"]
+
+
+def test_gpu_time_stands_beside_cpu_time_where_gpus_were_held(pipeline: Path) -> None:
+    assert "GPU time" not in write_pipeline_report(pipeline).read_text()
+    with State(pipeline, "small", "Small") as state:
+        state.records["dev2"].gpu_seconds = 16 * 90.0
+        state.save()
+    page = write_pipeline_report(pipeline).read_text()
+    assert cells(page, "Cost", "dev2")[3:7] == ["90 s", "2.0 min", "24.0 min", "4,500"]
+    assert cells(page, "Cost", "dev1")[3:7] == ["90 s", "2.0 min", "—", "4,500"]
+    assert cells(page, "Cost", "Total")[3:7] == ["9.0 min", "12.0 min", "24.0 min", "27,000"]
 
 
 def test_the_papers_numbers_are_the_papers(pipeline: Path) -> None:
@@ -250,7 +305,7 @@ def test_a_half_done_pipeline_is_reported_as_far_as_it_is(pipeline: Path) -> Non
     assert cells(page, "Measured by the stages themselves", "dev2")[2] == "25.0% → …"
     assert ">2 of 3<" in page  # stages finished
     assert cells(page, "Cost", "dev2")[1] == "running, or stopped"
-    assert embedded(page)["groups"][0]["metrics"]["step"] == list(range(1, 13))
+    assert embedded(page)["groups"][0]["metrics"]["step"] == list(range(13))
     assert "No stage has been evaluated yet." in page
 
 
@@ -322,7 +377,10 @@ charts[0].svg.dispatchEvent(new PointerEvent("pointermove", { clientX: 200, clie
 document.getElementById("smoothing").value = 0.5;
 document.getElementById("smoothing").dispatchEvent(new Event("input"));
 document.title = "charts " + charts.length + ", questions " + document.querySelectorAll("details").length
-  + ", " + getComputedStyle(document.querySelector(".graph text")).fill;
+  + ", " + getComputedStyle(document.querySelector(".graph text")).fill
+  + ", " + getComputedStyle(document.querySelector(".abreast pre")).whiteSpace
+  + (document.querySelector(".abreast pre").textContent.includes(".</think>\\n\\nIt is") ? " with lines" : "")
+  + ", " + [...document.querySelectorAll("text")].filter((text) => text.textContent.startsWith("limit")).length + " limits";
 </script></body>"""
 
 
@@ -340,7 +398,10 @@ def test_a_browser_draws_the_page_without_errors(pipeline: Path, tmp_path: Path,
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     colour = {"light": "rgb(29, 33, 41)", "dark": "rgb(237, 240, 245)"}[theme]
-    assert f"<title>charts 6, questions {QUESTIONS}, {colour}</title>" in done.stdout
+    assert (
+        f"<title>charts 8, questions {QUESTIONS}, {colour}, pre-wrap with lines, 3 limits</title>"
+        in done.stdout
+    )
     dom = done.stdout.split("</main>")[0]
     assert "&lt;img&gt;" in dom
     assert "<img" not in dom

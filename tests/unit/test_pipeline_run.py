@@ -285,6 +285,23 @@ def test_a_stage_refused_before_it_began_leaves_nothing_to_move_aside(fresh: Pro
     assert not list(fresh.run_dir.glob("*.replaced-*"))
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_path_that_is_not_there_is_told_before_the_first_stage(
+    fresh: Project, options: tuple[str, ...]
+) -> None:
+    line = fresh.refused("dev.paths.more=not/here", *options)
+    assert "stage dev: paths.more=not/here: no such file or folder" in line
+    assert f"paths begin at the working directory, here {fresh.folder}: start where" in line
+    assert "or set dev.paths.more=PATH" in line
+    assert not fresh.run_dir.exists()
+
+
+def test_what_a_finished_stage_has_read_may_be_gone_until_it_runs_again(done: Project) -> None:
+    (done.folder / "source").unlink()
+    assert (done.run().code, done.ran()) == (0, [])
+    assert "stage base: paths.source=source: no such file" in done.refused("--from", "base")
+
+
 def test_an_input_that_was_replaced_or_lost_is_named(done: Project) -> None:
     weights = done.run_dir / "base/hf/weights"
     weights.write_text("of another model\n")

@@ -28,7 +28,7 @@ def metric(step):
     names = (
         "reward accuracy format response_length truncated kl entropy clip_fraction grad_norm loss lr "
         "logprob_mismatch_mean logprob_mismatch_max zero_std_groups tokens_per_second samples_per_second "
-        "max_tokens aha reflective_words language value_loss explained_variance returns "
+        "max_tokens aha reflective_words language language_mixing value_loss explained_variance returns "
         "peak_memory_gib time/generate time/score time/pack time/train time/sync time/step verdict/equal words/wait"
     )
     row = {"step": step, "time": 1e9 + step} | dict.fromkeys(names.split(), 0.01 * step)
@@ -70,7 +70,9 @@ def test_the_report_holds_the_run(tmp_path):
     assert path == run / "report.html"
     assert "my_run" in page
     assert data["metrics"]["step"] == list(range(12))
-    assert data["metrics"]["eval/sampled"][:2] == [0.1, None]
+    assert data["metrics"]["eval/sampled"] == [0.1, *[None] * 4, 0.1, *[None] * 4, 0.1, 0.871], (
+        "and after the end"
+    )
     assert [line["step"] for line in data["samples"]] == [3, 4]
     assert data["chance"] == 0.1
     for words in (
@@ -193,12 +195,12 @@ def test_a_browser_draws_the_report_without_errors(tmp_path, num_steps):
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<title>rows 2</title>" in done.stdout
     dom = done.stdout.split("</main>")[0]
-    assert dom.count("<figure") == 28
+    assert dom.count("<figure") == 29
     assert dom.count("<path") >= 25
     assert "The paper: R1-Zero, AIME 2024 pass@1" in dom
-    assert dom.count('class="cursor"') == 26, "the pointer's step marks every chart but the paper's two"
-    assert dom.count("limit ") == (4 if num_steps == 60 else 0), (
-        "two changes of the length limit, in two charts"
+    assert dom.count('class="cursor"') == 27, "the pointer's step marks every chart but the paper's two"
+    assert dom.count("limit ") == (4 if num_steps == 60 else 0) + 2, (
+        "two changes of the length limit in two charts, and the paper's one in its two"
     )
     assert not re.search(r"NaN|undefined|Infinity", dom)
     assert "&lt;img src=x" in dom

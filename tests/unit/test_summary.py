@@ -66,6 +66,21 @@ def test_rollouts_are_averaged_and_verdicts_counted() -> None:
     }  # fmt: skip
     assert (metrics["words/wait"], metrics["words/check"], metrics["reflective_words"]) == (0.75, 0.25, 1.0)
     assert metrics["aha"] == 0.25
+    assert "language_mixing" not in metrics, "the question is a formula: no language is foreign to it"
+
+
+def answered(chain: str, **terms: float) -> ScoredRollout:
+    prompt = Prompt("p", "How many are two and three apples?", "5", "math", "", (1,))
+    rollout = Rollout(prompt, 0, (1,), (-0.5,), f"<think>{chain}</think>5", "stop", 0)
+    return ScoredRollout(rollout, Reward(1.0, terms, dict.fromkeys(terms, "mixed")))
+
+
+def test_language_mixing_is_logged_whether_or_not_language_is_rewarded() -> None:
+    english, formula = answered("I add two and three and say it."), answered("2+3=5")
+    chinese = answered("我们先把两个数加起来再说。")
+    assert rollout_metrics([english, chinese, formula])["language_mixing"] == pytest.approx(0.5)
+    assert rollout_metrics([english, answered("", language=0.25)])["language_mixing"] == pytest.approx(0.375)
+    assert "language_mixing" not in rollout_metrics([formula])
 
 
 @pytest.mark.parametrize(
