@@ -18,7 +18,7 @@ from r1mega.config import ConfigError
 from r1mega.data.chat import THINK
 from r1mega.data.responses import parse_response
 from r1mega.report import clip, merge_steps
-from r1mega.rewards.readability import MIN_LANGUAGE_SHARE, readability
+from r1mega.rewards.readability import readability
 from r1mega.stages.graph import Pipeline, Stage, order
 from r1mega.stages.pipeline_state import FILE, Record, read
 from r1mega.training.metrics import read_jsonl
@@ -174,9 +174,7 @@ class PipelineFolder:
                     cut = row["finish_reason"] == "length"
                     parsed = parse_response(row["response"], opened=_opened(row), truncated=cut)
                     formats.append(parsed.ok)
-                    language = row.get("language")  # the rule alone passes short texts of several languages
-                    same = language is None or language >= MIN_LANGUAGE_SHARE
-                    readable.append(readability(parsed.reasoning or row["response"])[0] * same)
+                    readable.append(readability(parsed.reasoning or row["response"])[0])
                 if row["index"] == 0:
                     places[row["id"]] = place
         except (ValueError, KeyError, TypeError, AttributeError) as error:

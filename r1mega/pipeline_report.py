@@ -27,7 +27,6 @@ from r1mega.report import (
     with_ends,
     write_page,
 )
-from r1mega.rewards.readability import MIN_LANGUAGE_SHARE
 from r1mega.stages import graph_drawing
 from r1mega.stages.pipeline_state import FILE
 
@@ -188,9 +187,9 @@ SUITE_HEAD = (
 )  # fmt: skip
 SUITE_NOTE = (
     "pass@1: mean over k samples. cons@k: the most frequent answer. pass@k: any of the k. format: tags in order. language: "
-    f"words of the reasoning in the question's language. readable: reasoning in that language "
-    f"({MIN_LANGUAGE_SHARE:.0%} of its words), without code blocks, "
-    f"overlong paragraphs and repetition (this and format: first {MAX_READ:,} answers). cut: stopped by the length limit."
+    "words of the reasoning in the question's language. readable: reasoning in one language (from ten words on), without "
+    f"code blocks, overlong paragraphs and repetition (this and format: first {MAX_READ:,} answers). cut: stopped by the "
+    "length limit."
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from r1mega.config import (
     CheckpointConfig,
     DataConfig,
+    EvalConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -64,6 +65,7 @@ zero = replace(
     num_steps=60,
     model=trained,
     data=replace(questions, template="tiny_bilingual"),
+    eval=EvalConfig(every=20),
     rollout=rollout,
     rewards=RewardConfig(workers=1, weights={"accuracy": 1.0, "format": 1.0, "language": 0.0}),
 )

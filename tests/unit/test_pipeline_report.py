@@ -217,15 +217,6 @@ def test_of_stages_that_were_asked_differently_the_common_questions_are_shown(pi
         assert all(entry["question"].split()[3] in text for text in texts)
 
 
-def test_a_chain_that_mixes_languages_is_not_readable_however_short(pipeline: Path) -> None:
-    file = pipeline / "eval_dev1/generations/sums.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    mixed = [row | {"language": 0.4} if n < len(rows) // 4 else row for n, row in enumerate(rows)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    page = write_pipeline_report(pipeline).read_text()
-    assert cells(page, "Stage by stage", "readable") == ["75.0%", "100.0%"]
-
-
 def test_stages_stand_in_columns_as_in_the_papers_table(pipeline: Path) -> None:
     page = write_pipeline_report(pipeline).read_text()
     heads = re.findall(r"<th>(.*?)</th>", page.split(">Stage by stage</h3>")[1].split("</thead>")[0])
