@@ -66,7 +66,9 @@ def command(
     except (ConfigError, FileNotFoundError, NotADirectoryError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    settings = {key: value for key, value in vars(options).items() if key not in ("model", "out", "scorer")}
+    unused = ("train_questions", "train_samples", "epochs", "labels") if options.scorer else ()
+    left_out = {"model", "out", "scorer", *unused}
+    settings = {key: value for key, value in vars(options).items() if key not in left_out}
     write_json(options.out / "result.json", {"experiment": name, "settings": settings, **result})
     print(f"{name}: wrote {options.out / 'result.json'}")
     return 0

@@ -158,7 +158,7 @@ def run(options: Namespace) -> dict[str, Any]:
 async def _compare(path: Path, options: Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
     engine = policy(options.model, options)
     scorer = await PrefixScorer.start(path, options)
-    k = BUDGETS[-1] // 6
+    k = BUDGETS[-1] // 10
     samples = await sample(engine, prompts, k, step=1)
     pairs = [(p.question, r.response_text) for p in prompts for r in samples[p.id]]
     values = await scorer.score(pairs)

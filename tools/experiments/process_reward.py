@@ -18,9 +18,11 @@ What it showed: docs/failed_attempts.md.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from argparse import Namespace
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,7 @@ def _trained(options: Namespace) -> tuple[Path, dict[str, Any]]:
             "seconds": round(labelled - began, 1),
         },
         "training_seconds": round(time.monotonic() - labelled, 1),
+        "heldout_steps": json.loads((options.out / "scorer/results.json").read_text())["after"]["heldout"],
     }
 
 
@@ -147,7 +150,11 @@ async def _rerank(
     votes = [[extract_answer(text) for text in group] for group in texts]
     ladder = [2**i for i in range(options.k.bit_length()) if 2**i <= options.k]
     return {
-        "policy": {"tokens_per_response": round(tokens_in(dict(samples)) / (len(prompts) * options.k), 2)},
+        "samples": {
+            "tokens": tokens_in(dict(samples)),
+            "distinct_prefixes": len(labelled_rows(prompts, samples)),
+            "monte_carlo_tokens": monte_carlo_tokens(samples),
+        },
         "scorer": {
             "steps": len(flat_labels),
             "right": round(sum(flat_labels) / len(flat_labels), 4),
@@ -201,7 +208,19 @@ def rl_run(options: Namespace, scorer: Path) -> dict[str, Any]:
         "before": results["before"],
         "after": results["after"],
         "curve": [{name: row.get(name) for name in names} for row in rows],
+        "commonest_answers": commonest_answers(read_jsonl(options.out / "rl/samples.jsonl")),
     }
+
+
+def commonest_answers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of the logged samples of each ten steps: how many, and the three answers given most."""
+    tens: dict[int, list[str | None]] = defaultdict(list)
+    for row in rows:
+        tens[(row["step"] - 1) // 10 * 10].append(extract_answer(row["response"]))
+    return [
+        {"after_step": first, "samples": len(given), "answers": Counter(given).most_common(3)}
+        for first, given in sorted(tens.items())
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
