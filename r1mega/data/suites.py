@@ -135,8 +135,8 @@ def _mgsm(language: str) -> Suite:
 _TABLE = (
     Suite("aime2024", "AIME 2024", formats.mathematics, "math/aime2024.jsonl", k=64),
     Suite("math500", "MATH-500", formats.mathematics, "math/math500.jsonl", k=16),
-    Suite("gsm8k", "GSM8K", formats.mathematics, "gsm8k/test.jsonl", final=formats.gsm8k_final),
-    Suite("mgsm", "MGSM", formats.mgsm, "mgsm", final=formats.gsm8k_final),
+    Suite("gsm8k", "GSM8K", formats.mathematics, "gsm8k/test.jsonl", final=formats.gsm8k_response),
+    Suite("mgsm", "MGSM", formats.mgsm, "mgsm", final=formats.gsm8k_response),
     *(_mgsm(language) for language in formats.MGSM_INSTRUCTIONS),
     Suite("gpqa", "GPQA", formats.multiple_choice, "gpqa/gpqa_diamond.csv", k=64),
     Suite("mmlu", "MMLU", formats.multiple_choice, "mmlu/test.jsonl"),

@@ -256,6 +256,20 @@ def test_gsm8k_gold_is_all_right_and_one_more_all_wrong(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_model_solutions_are_graded_by_the_references_they_bring(tmp_path: Path) -> None:
+    """Also where the suite's own file is there, of which they hold a part."""
+    (tmp_path / "gsm8k").mkdir()
+    write(
+        tmp_path / "gsm8k" / "test.jsonl",
+        [{"question": "q", "answer": "#### 3"}, {"question": "r", "answer": "#### 4"}],
+    )
+    file = write(tmp_path / "s.jsonl", [
+        {"question": "q", "ground_truth": "so\n#### 2", "small": {"solution": "A: 2", "is_correct": True}},
+    ])  # fmt: skip
+    found = evaluate(tmp_path / "out", "gsm8k", file, data=str(tmp_path))["suites"]["gsm8k-small"]
+    assert (found["questions"], found["pass@1"], found["disagreements"]) == (1, 1.0, 0)
+
+
 # ---------------------------------------------------------------- an endpoint, chat
 
 
