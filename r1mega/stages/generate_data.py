@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from r1mega.data.cold_start import Candidate, Source, sampled_sources
 from r1mega.data.manifest import Manifest
 from r1mega.data.prompts import read_evaluation, read_questions, read_rows, tokenised
 from r1mega.data.recipes import ColdStart, GenerateData, RejectionSampling
-from r1mega.data.rejection_sampling import General, Selection, clean_prompts, unfit, wrong
+from r1mega.data.rejection_sampling import General, Selection, clean_prompts, unfit, without_form, wrong
 from r1mega.data.responses import Response
 from r1mega.data.review import review
 from r1mega.data.shards import Rows, Shard, shards, write_lines
@@ -169,7 +169,7 @@ class Generation:
                 rows.append({"id": candidate.id, "why": text})
                 continue
             prompt = candidate.prompt
-            why = wrong(scores[slot], _without_form(self.weights[prompt.task]))
+            why = wrong(scores[slot], without_form(self.weights[prompt.task]))
             why = why or unfit(text, prompt.question, config.filters)
             rows.append(
                 {
@@ -267,7 +267,7 @@ class Generation:
         rollouts = [as_rollout(prompt, 0, row["response"]) for prompt, row in zip(prompts, rows, strict=True)]
         async with Scorer(self.rewards, judge=self.judge) as scorer:
             for row, score in zip(rows, await scores_of(rollouts, scorer, self.judge), strict=True):
-                if why := wrong(score, _without_form(self.weights[row["task"]])):
+                if why := wrong(score, without_form(self.weights[row["task"]])):
                     raise ConfigError(
                         f"row {row['id']}: what people wrote does not give the answer {row['answer']!r} ({why}): mend it "
                         f"in {self.path / 'review'} or {getattr(self.config, 'human', '')}, or drop the row"
@@ -319,11 +319,6 @@ def _with_judge(config: GenerateData, tasks: set[str]) -> RewardConfig:
         return config.rewards
     rows = {task: {"judge": 1.0} for task in tasks - ACCURACY.keys()}
     return replace(config.rewards, task_weights=rows | config.rewards.task_weights)
-
-
-def _without_form(weights: Mapping[str, float]) -> dict[str, float]:
-    """A rewritten text has another form than the one it was sampled in, and a right one by construction."""
-    return {term: weight for term, weight in weights.items() if term not in ("format", "reasoning_format")}
 
 
 async def _new_text(config: ColdStart, candidate: Candidate, endpoint: Endpoint | None) -> Response | str:

@@ -87,16 +87,17 @@ class SampledShards:
         rollouts = [item async for item in engines.generate(prompts, sampling_of(self.config), DATA_STEP)]
         rollouts.sort(key=lambda item: (position[item.prompt.id], item.index))
         assert len(rollouts) == len(prompts) * self.config.samples
-        return [
-            {
-                "prompt": item.prompt.id,
-                "index": item.index,
-                "text": item.response_text,
-                "tokens": len(item.response_ids),
-                "finish_reason": item.finish_reason,
-            }
-            for item in rollouts
-        ]
+        return [self._sample(item) for item in rollouts]
+
+    def _sample(self, item: Rollout) -> dict[str, Any]:
+        text, ended = self.source.cut(item.response_text)
+        return {
+            "prompt": item.prompt.id,
+            "index": item.index,
+            "text": text,
+            "tokens": len(item.response_ids),
+            "finish_reason": "stop" if ended else item.finish_reason,
+        }
 
     async def _scored(self, number: int, samples: Rows, scorer: Scorer, judge: JudgeConfig) -> Rows:
         rollouts = [
