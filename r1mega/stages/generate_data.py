@@ -70,6 +70,7 @@ class Generation:
         self.selection = Selection(config, self.evaluation, self.manifest.dropped)
         self.sources = _sources(config)
         self.general = _general(config)
+        self.human = self._human(config)
         self.works = [self._work(source) for source in self.sources]
         tasks = {prompt.task for work in self.works for prompt in work.by_id.values()}
         self.rewards = _with_judge(config, tasks)
@@ -81,6 +82,12 @@ class Generation:
             self._check_judged(work.by_id.values())
         self.judge = _with_cache(config.judge, directory.path / "judge.sqlite")
         self.rewriter = _with_cache(config.rewriter, directory.path / "rewriter.sqlite")
+
+    def _human(self, config: GenerateData) -> Rows:
+        """What people wrote, read before anything is sampled."""
+        if not isinstance(config, ColdStart) or "human" not in config.sources:
+            return []
+        return list(cold_start.human_rows(read_rows(config.human, "human"), config, self._count_tokens))
 
     def _check_judged(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
@@ -247,9 +254,7 @@ class Generation:
                 before += rewriting.person(candidate.response.reasoning)
                 after += rewriting.person(response.reasoning)
                 rows.append(row)
-        if "human" in config.sources:
-            written = cold_start.human_rows(read_rows(config.human, "human"), config, self._count_tokens)
-            rows += [row for row in written if self.selection.keeps(row["question"], row["response"])]
+        rows += [row for row in self.human if self.selection.keeps(row["question"], row["response"])]
         rows = list(_at_most(rows, config.size, self.manifest))
         self.manifest.facts["first_person"] = {
             "before": {"I": before.singular, "we": before.plural, "share": before.share},

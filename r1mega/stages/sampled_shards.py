@@ -128,9 +128,7 @@ async def scores_of(rollouts: Sequence[Rollout], scorer: Scorer, judge: JudgeCon
 def _check_judge(verdicts: Mapping[str, str], id: str, judge: JudgeConfig) -> None:
     """A judge that is silent stops the run. (A rule's fault is the sample's own; the scorer bounds how many there are.)"""
     if verdicts.get("judge") in FAULTS:
-        raise EndpointFault(
-            f"{judge.url}, model {judge.model}: no verdict on {id}; the same command goes on when it answers again"
-        )
+        raise EndpointFault(f"{judge.url}, model {judge.model}: no verdict of the judge on {id}")
 
 
 def as_rollout(prompt: Prompt, index: int, text: str, finish_reason: str = "stop") -> Rollout:
