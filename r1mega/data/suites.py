@@ -52,7 +52,7 @@ def named_suites(names: Iterable[str], data: str, *, operations: int = 4) -> lis
     for text in names:
         name, _, file = text.partition("=")
         if not file and Path(name).suffix in formats.SUFFIXES:
-            suite, file = Suite(Path(name).name.split(".")[0], name, formats.questions), name
+            suite, file = _of_file(Path(name)), name
         else:
             suite = _known(name, operations)
         path = Path(file) if file else Path(data) / suite.file
@@ -92,6 +92,18 @@ def read_suite(
             f"suite {suite.name} has no dates: --since and --until choose among livecodebench's"
         )
     return questions[: limit or None]
+
+
+def _of_file(path: Path) -> Suite:
+    """A suite for a file that is named alone: of a public format where its first row shows one, k being 1."""
+    own = Suite(path.name.split(".")[0], str(path), formats.questions)
+    row = formats.rows_of(path)[0] if path.is_file() else None
+    if row is None or "task" in row.columns:
+        return own
+    known = next((name for name, columns in SIGNS if columns <= row.columns.keys()), "")
+    if not known and "####" in str(row.columns.get("answer")):
+        known = "gsm8k"
+    return replace(SUITES[known], name=own.name, title=own.title, k=1) if known else own
 
 
 def _known(name: str, operations: int) -> Suite:
@@ -152,3 +164,14 @@ _TABLE = (
     Suite("bilingual", "chain in two languages (toy)", lambda _: bilingual_questions(4), template="r1"),
 )
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _TABLE}
+SIGNS = (
+    ("humaneval", {"prompt", "test", "entry_point"}),
+    ("mbpp", {"test_list"}),
+    ("livecodebench", {"question_content"}),
+    ("ifeval", {"instruction_id_list"}),
+    ("gpqa", {"Correct Answer"}),
+    ("mmlu", {"choices"}),
+    ("mmlu_pro", {"options"}),
+    ("gsm8k", {"question", "ground_truth"}),
+)
+"""Columns by which a file's format is known."""

@@ -211,7 +211,16 @@ def test_humaneval_samples_get_the_verdicts_of_its_harness(tmp_path: Path) -> No
     samples = [
         ("    return 2", True), ("  return 2", True), ("\treturn 2", True), ("    return 3", False),
         ("    return input('number')", False), ("    import time\n    time.sleep(60)\n    return 2", False),
-        ("return 2", False),
+        ("return 2", False), ("    import subprocess\n    subprocess.check_output('rm -rf tmp')", False),
+        ("    while True:\n        pass", False), ("    exit()", False), ("    raise SystemExit(0)", False),
+        ("    raise KeyboardInterrupt", False), ("    import os\n    os._exit(0)", False), ("    raise BaseException", False),
+        ("    import sys\n    sys.stdin.read()\n    return 2", False), ("    yield 2", False), ("    return (", False),
+        ("    return 2.0", True), ("    return 2\n\ndef check(candidate):\n    assert False", True),
+        ("    return 2\n\nif __name__ == '__main__':\n    two(input())", True), ("    return 2\nprint('done')", True),
+        ("    return 2\ninput()", False), ("    pass\n\ndef two():\n    return 2\n", True),
+        ("    return 2\n```\nThat is it.", False),
+        ("```python\ndef two():\n    return 2\n```", False), ("def two():\n    return 2\n", False),
+        ("    return three()\n\ndef three():\n    return 2", True), ("", False), ("    return 1 / 0", False),
     ]  # fmt: skip
     file = write(
         tmp_path / "s.jsonl", [{"task_id": "own/0", "completion": c, "passed": p} for c, p in samples]
@@ -219,7 +228,7 @@ def test_humaneval_samples_get_the_verdicts_of_its_harness(tmp_path: Path) -> No
     suite = f"humaneval={write(tmp_path / 'p.jsonl', [problem])}"
     found = evaluate(tmp_path / "out", suite, file)["suites"]["humaneval"]
     assert found["disagreements"] == 0
-    assert found["pass@1"] == pytest.approx(3 / 7)
+    assert found["pass@1"] == pytest.approx(sum(passed for _, passed in samples) / len(samples))
 
 
 @pytest.mark.slow

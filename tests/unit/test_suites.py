@@ -191,6 +191,28 @@ def test_any_file_of_questions_is_a_suite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "row, task, answer",
+    [
+        ({"task_id": "t/0", "prompt": "def f():\n", "test": "def check(c):\n    assert c()", "entry_point": "f"}, "code", ""),
+        ({"task_id": 0, "text": "t", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}, "code", ""),
+        (lcb_row("01"), "code", ""),
+        ({"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "instructions", ""),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "choice", "B"),
+        ({"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}, "math", "2"),
+        ({"question": "q", "ground_truth": "A: 2", "m": {"solution": "A: 2", "is_correct": True}}, "math", "2"),
+    ],
+)  # fmt: skip
+def test_a_file_named_alone_is_read_in_its_public_format(
+    row: dict, task: str, answer: str, tmp_path: Path
+) -> None:
+    ((suite, path),) = named_suites([str(write(tmp_path / "own.jsonl", [row]))], ".")
+    (question,) = read_suite(suite, path)
+    assert (suite.name, suite.k, question.task) == ("own", 1, task)
+    assert answer in ("", question.answer)
+    assert (suite.final("A: 3") == "A: 3") is (task != "math")
+
+
+@pytest.mark.parametrize(
     "name, row, words",
     [
         ("gsm8k", {"question": "q"}, r"f.jsonl:2: no column 'answer'"),
