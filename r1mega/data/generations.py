@@ -21,7 +21,9 @@ from r1mega.config import ConfigError
 from r1mega.data.prompts import Row, read_rows
 from r1mega.data.suite_formats import ID_COLUMNS, QUESTION_COLUMNS, Question, reference
 
-TEXT_COLUMNS = ("response", "completion", "solution", "generation", "output", "text")
+TEXT_COLUMNS = (
+    "response", "completion", "solution", "generation", "output", "model_output", "generated_text", "prediction", "text",
+)  # fmt: skip
 LIST_COLUMNS = (
     "responses", "completions", "solutions", "generations", "outputs", "texts", "samples", "code_list", "output_list",
 )  # fmt: skip

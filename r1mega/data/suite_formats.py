@@ -67,7 +67,7 @@ _ANSWER_LINE = re.compile(r"^\s*A:[ \t]*(?P<answer>\S.*?)\s*$", re.MULTILINE)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _END_OF_TEXT = re.compile(r"(?:<\|endoftext\|>|</s>|<\|im_end\|>|<\|eot_id\|>|\s)+$")
 _MARKED_NUMBER = re.compile(
-    r"####[\s*]*(?P<sign>-?)\s?\\?\$?\s?(?P<second>-?)(?P<digits>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
+    r"####[\s*]*(?P<sign>-?)\s?\\?\$?\s?(?P<second>-?)(?P<digits>\d++(?:,\d++)*+(?:\.\d++)?+|\.\d++)(?!\s*/\s*\d)"
 )
 
 
@@ -182,7 +182,8 @@ def gsm8k_final(text: str) -> str:
 
 
 def gsm8k_response(text: str) -> str:
-    """A response as GSM8K's own rule reads it: the number right after the first "####", whatever unit or sentence follows.
+    """A response as GSM8K's own rule reads it: the number right after the first "####", whatever unit or sentence follows;
+    only a fraction stays whole.
 
     The published script (dataset.py) refuses "#### $18" and "####18"; both are read here. A response with a box, an answer
     block or without a marked number stays as it is.

@@ -315,6 +315,12 @@ def test_gsm8k_reads_the_marked_number_whatever_stands_around_it(response: str, 
     assert (said is not None and quick_compare("1234", said) == "equal") is right
 
 
+def test_gsm8k_reads_fractions_whole() -> None:
+    for gold, equal in (("0.5", True), ("1", False)):
+        said = extract_answer(SUITES["gsm8k"].final("#### 1/2"))
+        assert (quick_compare(gold, said or "") == "equal") is equal
+
+
 def test_gsm8k_reads_numbers_below_zero() -> None:
     for response in ("#### -5", "#### -$5", "#### $-5.00", "A: -5"):
         assert quick_compare("-5", extract_answer(SUITES["gsm8k"].final(response)) or "") == "equal", response
