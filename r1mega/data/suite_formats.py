@@ -63,11 +63,11 @@ LIVECODEBENCH_SECONDS = 6.0
 MAX_TEST_CASES = 1 << 30
 """Bytes of LiveCodeBench's packed test cases, unpacked."""
 
-_ANSWER_LINE = re.compile(r"^\s*A:[ \t]*(?P<answer>\S.*?)\s*$", re.MULTILINE)
+_ANSWER_LINE = re.compile(r"^[ \t]*+A:[ \t]*+(?P<answer>\S[^\n]*+)$", re.MULTILINE)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_END_OF_TEXT = re.compile(r"(?:<\|endoftext\|>|</s>|<\|im_end\|>|<\|eot_id\|>|\s)+$")
+_END_OF_TEXT = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")
 _MARKED_NUMBER = re.compile(
-    r"####[\s*]*(?P<sign>-?)\s?\\?\$?\s?(?P<second>-?)(?P<digits>\d++(?:,\d++)*+(?:\.\d++)?+|\.\d++)(?!\s*/\s*\d)"
+    r"####[\s*]*+(?P<sign>-?)\s?\\?\$?\s?(?P<second>-?)(?P<digits>\d++(?:,\d++)*+(?:\.\d++)?+|\.\d++)(?!\s*/\s*\d)"
 )
 
 
@@ -174,7 +174,9 @@ def _named(message: str, where: str) -> str:
 def gsm8k_final(text: str) -> str:
     """A solution without calculator annotations, whose last line "A: 18" (as in the published model solutions) is
     "#### 18". A text with "####" or a box keeps them."""
-    text = _END_OF_TEXT.sub("", _CALCULATOR.sub("", text))
+    text = _CALCULATOR.sub("", text).rstrip()
+    for mark in _END_OF_TEXT:
+        text = text.removesuffix(mark).rstrip()
     lines = list(_ANSWER_LINE.finditer(text))
     if not lines or "####" in text or "\\boxed" in text or text[lines[-1].end() :].strip():
         return text

@@ -315,6 +315,18 @@ def test_gsm8k_reads_the_marked_number_whatever_stands_around_it(response: str, 
     assert (said is not None and quick_compare("1234", said) == "equal") is right
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", [" ", "\n", "\t", "</s> ", ",1", "####", "<<", "A: x ", "*", "1"])
+def test_a_long_response_is_read_in_linear_time(part: str) -> None:
+    for text in (
+        part * 200_000,
+        f"#### 1{part * 200_000}/2",
+        f"A: 1{part * 200_000}x",
+        f"####{part * 200_000}x",
+    ):
+        SUITES["gsm8k"].final(text)
+
+
 def test_gsm8k_reads_fractions_whole() -> None:
     for gold, equal in (("0.5", True), ("1", False)):
         said = extract_answer(SUITES["gsm8k"].final("#### 1/2"))
