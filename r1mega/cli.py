@@ -238,6 +238,7 @@ def _run_stage(config: RunConfig | GenerateData, path: Path) -> int:
 
 def _in_directory(stage: Callable[..., None], config: Any, path: Path) -> int:
     """Run a stage in its directory, unless it is finished there; the exit code."""
+    from r1mega.rewards.endpoint import EndpointFault
     from r1mega.stages.console import Console
     from r1mega.stages.run_directory import RunDirectory
 
@@ -254,6 +255,10 @@ def _in_directory(stage: Callable[..., None], config: Any, path: Path) -> int:
         (path / "error.log").unlink(missing_ok=True)
         try:
             stage(config, directory, console)
+        except EndpointFault as fault:
+            raise ConfigError(
+                f"{fault}; start the server or correct its url, and the same command goes on"
+            ) from None
         except Exception as error:
             if isinstance(error, ConfigError) or (not directory.begun and isinstance(error, USERS_MISTAKES)):
                 raise

@@ -6,7 +6,8 @@ r1_zero    R1-Zero samples in its own template, at temperature 1.0
 human      people wrote or edited the response (also what a review edits, data/review.py)
 
 A sample must be right, well formed and readable; then it is rewritten (data/rewriting.py), must still be right and
-readable, and is reviewed.
+readable, and is reviewed. What is well formed for R1-Zero's template (answer tags) is not for a prompt text, so the
+format rewards count in source r1_zero alone; few_shot and direct need closed reasoning and a summary.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from r1mega.data.chat import Template, prompt_text, template
 from r1mega.data.documents import exchange
 from r1mega.data.prompts import Row
 from r1mega.data.recipes import ColdStart
-from r1mega.data.rejection_sampling import judged_by, training_row, unfit, wrong
+from r1mega.data.rejection_sampling import judged_by, training_row, unfit, without_form, wrong
 from r1mega.data.responses import Response, parse_response
 from r1mega.samples import Prompt
 
@@ -47,6 +48,18 @@ class Source:
     template: Template
     prompt: str
     """Name of the prompt text, for the lineage."""
+    stop: str = ""
+    """Where a base model goes on with the next example, its text is cut."""
+
+    @property
+    def is_prompted(self) -> bool:
+        """Asked by a prompt text, not in a template that it was trained in."""
+        return self.name in ("few_shot", "direct")
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """(the text up to the next example, whether there was one)."""
+        head, found, _ = text.partition(self.stop) if self.stop else (text, "", "")
+        return head, bool(found)
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,13 @@ def sampled_sources(config: ColdStart) -> list[Source]:
     """The sources that a model writes, in the order of the config."""
     prompted = config.prompted if config.prompted.path else config.model
     known = {
-        "few_shot": lambda: Source(
-            "few_shot", prompted, _from_file(config.few_shot, "few_shot"), config.few_shot
+        "few_shot": lambda: _prompted(
+            "few_shot", prompted, _text(config.few_shot, "few_shot"), config.few_shot
         ),
-        "direct": lambda: Source(
+        "direct": lambda: _prompted(
             "direct",
             prompted,
-            _from_file(config.direct, "direct") if config.direct else prompt_text(DIRECT, "direct"),
+            _text(config.direct, "direct") if config.direct else DIRECT,
             config.direct or "data/cold_start.py DIRECT",
         ),
         "r1_zero": lambda: Source(
@@ -80,11 +93,20 @@ def sampled_sources(config: ColdStart) -> list[Source]:
     return [known[name]() for name in config.sources if name != "human"]
 
 
-def _from_file(path: str, setting: str) -> Template:
+def _prompted(name: str, model: ModelConfig, text: str, prompt: str) -> Source:
+    """A source that shows a prompt text; its stop is what begins the line of a question, if an example has it as well."""
+    shown = prompt_text(text, f"{name}={prompt}")
+    before = text.partition("{question}")[0]
+    line = before.rpartition("\n")[2]
+    shots = f"\n{before.removesuffix(line)}"
+    return Source(name, model, shown, prompt, f"\n{line}" if line.strip() and f"\n{line}" in shots else "")
+
+
+def _text(path: str, setting: str) -> str:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{setting}={path}: no such file")
     try:
-        return prompt_text(Path(path).read_text(encoding="utf-8"), f"{setting}={path}")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{setting}={path}: not readable as UTF-8 text: {error}") from error
 
@@ -99,11 +121,15 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Of a source's scored samples, those that are right and readable; at most per_prompt of each prompt."""
     kept: Counter[str] = Counter()
+    filters = config.filters
+    if source.is_prompted:
+        weights = {task: without_form(terms) for task, terms in weights.items()}
+        filters = ("format", *filters)
     for sample in samples:
         prompt = prompts[sample["prompt"]]
         cut = sample["finish_reason"] == "length"
         response = parse_response(sample["text"], opened=source.template.opened, truncated=cut)
-        reason = wrong(sample, weights[prompt.task]) or unfit(response, prompt.question, config.filters)
+        reason = wrong(sample, weights[prompt.task]) or unfit(response, prompt.question, filters)
         if not reason and not response.reasoning:
             reason = "no_reasoning"
         if not reason and config.per_prompt and kept[prompt.id] >= config.per_prompt:
@@ -120,7 +146,7 @@ def rewritten_row(
 ) -> dict[str, Any]:
     """The row of a rewritten candidate; `lineage`: what the rows of its source share."""
     text = template(config.template).response(response.reasoning, response.summary)
-    filters = [*candidate.sample["terms"], *config.filters]
+    filters = list(dict.fromkeys([*candidate.sample["terms"], *config.filters]))
     return training_row(
         candidate.id,
         candidate.prompt.messages or candidate.prompt.question,

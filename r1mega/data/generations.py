@@ -21,13 +21,20 @@ from r1mega.config import ConfigError
 from r1mega.data.prompts import Row, read_rows
 from r1mega.data.suite_formats import ID_COLUMNS, QUESTION_COLUMNS, Question, reference
 
-TEXT_COLUMNS = ("response", "completion", "solution", "generation", "output", "text")
+TEXT_COLUMNS = (
+    "response", "completion", "solution", "generation", "output", "model_output", "generated_text", "prediction", "text",
+)  # fmt: skip
 LIST_COLUMNS = (
     "responses", "completions", "solutions", "generations", "outputs", "texts", "samples", "code_list", "output_list",
 )  # fmt: skip
 COMPLETIONS = ("completion", "completions", "code_list")
 """Columns that continue the question's code as they stand; other texts are chat responses, whose last block of code counts."""
-VERDICT_COLUMNS = ("passed", "is_correct", "correct", "graded_list")
+VERDICT_COLUMNS = ("passed", "is_correct", "correct", "graded_list", "result")
+VERDICTS = {
+    True: ("true", "passed", "correct", "yes", "1", "1.0"),
+    False: ("false", "failed", "incorrect", "wrong", "timed out", "no", "0", "0.0"),
+}
+"""How files write them; "failed: ZeroDivisionError" is HumanEval's "failed"."""
 CUT = ("length", "truncated")
 
 
@@ -136,7 +143,10 @@ def _texts(row: Row, names: tuple[str, ...], variant: str, columns: Mapping[str,
         raise ConfigError(
             f"{row.where}: column {column!r} holds {str(value)[:40]!r}, not a text or a list of texts"
         )
-    verdicts = next((columns[name] for name in VERDICT_COLUMNS if columns.get(name) is not None), None)
+    named = next((name for name in VERDICT_COLUMNS if columns.get(name) is not None), "")
+    if named == "result" and not str(columns[named]).startswith(("passed", "failed", "timed out")):
+        named = ""  # somebody's other result
+    verdicts = columns.get(named)
     verdicts = verdicts if isinstance(verdicts, list) else [verdicts] * len(texts)
     if len(verdicts) != len(texts):
         raise ConfigError(f"{row.where}: {len(verdicts)} verdicts for {len(texts)} texts")
@@ -144,7 +154,17 @@ def _texts(row: Row, names: tuple[str, ...], variant: str, columns: Mapping[str,
     return [
         Generation(
             row.where, names, variant, text, column in COMPLETIONS, "length" if cut else "stop",
-            None if verdict is None else bool(verdict),
+            None if verdict is None else _verdict(row, named, verdict),
         )
         for text, verdict in zip(texts, verdicts)
     ]  # fmt: skip
+
+
+def _verdict(row: Row, column: str, value: Any) -> bool:
+    word = str(value).partition(":")[0].strip().lower()
+    for verdict, words in VERDICTS.items():
+        if word in words:
+            return verdict
+    raise ConfigError(
+        f"{row.where}: column {column!r} holds {str(value)[:40]!r}, which is neither right nor wrong"
+    )

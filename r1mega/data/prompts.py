@@ -5,7 +5,8 @@ Sources: jsonl, json (a list, or lines), either gzipped, parquet, and the genera
 `messages` is a conversation that ends with the user. Documents for SFT are read by documents.py.
 
 Held-out questions are never trained on: they are the rows of `data.eval_path`, or the last `eval_size`
-rows of `data.path`, and a training row that repeats a held-out question is dropped and counted.
+rows of `data.path`, and a training row that repeats a held-out question is dropped and counted; where `data.eval_path`
+names an evaluation set, a row that shares a 10-gram with one of its questions as well (decontamination.py).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class PromptSet:
     dropped: int
     """Prompts of both sides longer than data.max_prompt_tokens."""
     duplicates: int
-    """Training rows that repeat a held-out question."""
+    """Training rows that repeat a held-out question, or overlap one of data.eval_path."""
     unanswered: int
     """Rows of both sides whose answer is null or empty: MATH's training file has a few."""
 
@@ -176,13 +177,18 @@ def read_prompts(data: DataConfig, tokenizer: Any, *, seed: int) -> PromptSet:
     unanswered = len(train) + len(heldout) - sum(map(len, answered))
     train, heldout = answered
     heldout_questions = {_squeezed(qa.question) for qa in heldout}
-    kept = [qa for qa in train if _squeezed(qa.question) not in heldout_questions]
+    named = Evaluation.of({data.eval_path: ([qa.question for qa in heldout], [])} if data.eval_path else {})
+    kept = [
+        qa
+        for qa in train
+        if _squeezed(qa.question) not in heldout_questions and not named.found_in(qa.question)
+    ]
     train_prompts = tokenised(kept, to_text, tokenizer, data.max_prompt_tokens)
     heldout_prompts = tokenised(heldout, to_text, tokenizer, data.max_prompt_tokens)
     if not train_prompts:
         raise ConfigError(
             f"{data.path}: none of {rows} training prompts is left ({rows - len(train)} have no answer, "
-            f"{len(train) - len(kept)} repeat held-out questions, {len(kept)} are longer than "
+            f"{len(train) - len(kept)} repeat or overlap held-out questions, {len(kept)} are longer than "
             f"data.max_prompt_tokens={data.max_prompt_tokens})"
         )
     return PromptSet(

@@ -40,6 +40,11 @@ def wrong(sample: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     return ""
 
 
+def without_form(weights: Mapping[str, float]) -> dict[str, float]:
+    """The terms for a text in another form than the template's: rewritten, or asked for by a prompt text."""
+    return {term: weight for term, weight in weights.items() if term not in ("format", "reasoning_format")}
+
+
 def unfit(response: Response, question: str, filters: Iterable[str]) -> str:
     """The first of the filters that drops a response for its form; "" for none."""
     if "format" in filters and not response.ok:
@@ -128,7 +133,7 @@ def row_of(
             **lineage,
             "prompt": f"{prompt.id} of {config.data.path}",
             "sampling": {**lineage["sampling"], "index": sample["index"]},
-            "filters": [*sample["terms"], *config.filters, "duplicate", "contaminated"],
+            "filters": [*dict.fromkeys([*sample["terms"], *config.filters]), "duplicate", "contaminated"],
             "judge": judged_by(config, sample),
         },
     )

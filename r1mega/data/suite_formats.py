@@ -30,6 +30,7 @@ from r1mega.rewards.choices import LABELS
 from r1mega.rewards.code_spec import humaneval_tests, livecodebench_tests, mbpp_tests, parse_tests
 from r1mega.rewards.instructions import check_arguments
 from r1mega.rewards.logic_answer import read_reference
+from r1mega.rewards.math_extraction import after_reasoning
 
 SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv")
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -62,8 +63,12 @@ LIVECODEBENCH_SECONDS = 6.0
 MAX_TEST_CASES = 1 << 30
 """Bytes of LiveCodeBench's packed test cases, unpacked."""
 
-_ANSWER_LINE = re.compile(r"^\s*A:[ \t]*(?P<answer>\S.*?)\s*$", re.MULTILINE)
+_ANSWER_LINE = re.compile(r"^[ \t]*+A:[ \t]*+(?P<answer>\S[^\n]*+)$", re.MULTILINE)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+_END_OF_TEXT = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>")
+_MARKED_NUMBER = re.compile(
+    r"####[\s*]*+(?P<sign>-?)\s?\\?\$?\s?(?P<second>-?)(?P<digits>\d++(?:,\d++)*+(?:\.\d++)?+|\.\d++)(?!\s*/\s*\d)"
+)
 
 
 @dataclass(frozen=True)
@@ -169,11 +174,28 @@ def _named(message: str, where: str) -> str:
 def gsm8k_final(text: str) -> str:
     """A solution without calculator annotations, whose last line "A: 18" (as in the published model solutions) is
     "#### 18". A text with "####" or a box keeps them."""
-    text = _CALCULATOR.sub("", text)
+    text = _CALCULATOR.sub("", text).rstrip()
+    for mark in _END_OF_TEXT:
+        text = text.removesuffix(mark).rstrip()
     lines = list(_ANSWER_LINE.finditer(text))
     if not lines or "####" in text or "\\boxed" in text or text[lines[-1].end() :].strip():
         return text
     return f"{text[: lines[-1].start()]}\n#### {lines[-1]['answer']}"
+
+
+def gsm8k_response(text: str) -> str:
+    """A response as GSM8K's own rule reads it: the number right after the first "####", whatever unit or sentence follows;
+    only a fraction stays whole.
+
+    The published script (dataset.py) refuses "#### $18" and "####18"; both are read here. A response with a box, an answer
+    block or without a marked number stays as it is.
+    """
+    text = gsm8k_final(text)
+    said = after_reasoning(text)
+    found = _MARKED_NUMBER.search(said)
+    if found is None or "\\boxed" in said or "</answer>" in said:
+        return text
+    return f"#### {found['sign'] or found['second']}{found['digits']}"
 
 
 def reference(row: Row) -> str:

@@ -53,7 +53,7 @@ def named_suites(names: Iterable[str], data: str, *, operations: int = 4) -> lis
     for text in names:
         name, _, file = text.partition("=")
         if not file and Path(name).suffix in formats.SUFFIXES:
-            suite, file = Suite(Path(name).name.split(".")[0], name, formats.questions), name
+            suite, file = _of_file(Path(name)), name
         else:
             suite = _known(name, operations)
         path = Path(file) if file else Path(data) / suite.file
@@ -93,6 +93,18 @@ def read_suite(
             f"suite {suite.name} has no dates: --since and --until choose among livecodebench's"
         )
     return questions[: limit or None]
+
+
+def _of_file(path: Path) -> Suite:
+    """A suite for a file that is named alone: of a public format where its first row shows one, k being 1."""
+    own = Suite(path.name.split(".")[0], str(path), formats.questions)
+    row = formats.rows_of(path)[0] if path.is_file() else None
+    if row is None or "task" in row.columns:
+        return own
+    known = next((name for name, columns in SIGNS if columns <= row.columns.keys()), "")
+    if not known and "####" in str(row.columns.get("answer")):
+        known = "gsm8k"
+    return replace(SUITES[known], name=own.name, title=own.title, k=1) if known else own
 
 
 def _known(name: str, operations: int) -> Suite:
@@ -148,8 +160,8 @@ def _mgsm(language: str) -> Suite:
 _TABLE = (
     Suite("aime2024", "AIME 2024", formats.mathematics, "math/aime2024.jsonl", k=64),
     Suite("math500", "MATH-500", formats.mathematics, "math/math500.jsonl", k=16),
-    Suite("gsm8k", "GSM8K", formats.mathematics, "gsm8k/test.jsonl", final=formats.gsm8k_final),
-    Suite("mgsm", "MGSM", formats.mgsm, "mgsm", final=formats.gsm8k_final),
+    Suite("gsm8k", "GSM8K", formats.mathematics, "gsm8k/test.jsonl", final=formats.gsm8k_response),
+    Suite("mgsm", "MGSM", formats.mgsm, "mgsm", final=formats.gsm8k_response),
     *(_mgsm(language) for language in formats.MGSM_INSTRUCTIONS),
     Suite("gpqa", "GPQA", formats.multiple_choice, "gpqa/gpqa_diamond.csv", k=64),
     Suite("mmlu", "MMLU", formats.multiple_choice, "mmlu/test.jsonl"),
@@ -166,3 +178,14 @@ _TABLE = (
     Suite("small_talk", "Small talk (toy)", talk_questions, template="r1"),
 )
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _TABLE}
+SIGNS = (
+    ("humaneval", {"prompt", "test", "entry_point"}),
+    ("mbpp", {"test_list"}),
+    ("livecodebench", {"question_content"}),
+    ("ifeval", {"instruction_id_list"}),
+    ("gpqa", {"Correct Answer"}),
+    ("mmlu", {"choices"}),
+    ("mmlu_pro", {"options"}),
+    ("gsm8k", {"question", "ground_truth"}),
+)
+"""Columns by which a file's format is known."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from r1mega.config import JudgeConfig, RewardConfig
+from r1mega.rewards.endpoint import EndpointFault
 from r1mega.rewards.services import ModelClient, Services
 from r1mega.rewards.sums import weights_of
 from r1mega.rewards.terms import REWARDS, RewardTerm
@@ -81,8 +82,15 @@ class Scorer:
         for name, verdict in verdicts.items():
             self._verdicts.setdefault(name, Counter())[verdict] += 1
         self._scored += 1
-        self._faults += any(verdict in FAULTS for verdict in verdicts.values())
+        at_fault = [name for name, verdict in verdicts.items() if verdict in FAULTS]
+        self._faults += bool(at_fault)
         if self._faults > max(MAX_FAULTS, MAX_FAULT_SHARE * self._scored):
+            if at_fault == ["judge"]:
+                judge = self.services.judge_config
+                raise EndpointFault(
+                    f"{judge.url}, model {judge.model}: no verdict of the judge, and {self._faults} of {self._scored} "
+                    "answers could not be judged"
+                )
             raise WorkerError(
                 f"{self._faults} of {self._scored} answers could not be judged ({', '.join(FAULTS)}): "
                 "something kills or breaks the reward workers; the log has each case"

@@ -11,8 +11,8 @@ from typing import Any
 from r1mega.config import ConfigError, ModelConfig, RunConfig
 from r1mega.data.chat import TEMPLATES, template
 from r1mega.data.generations import by_question, questions_inside, read_generations
-from r1mega.data.suite_formats import Question
-from r1mega.data.suites import Suite, named_suites, read_suite
+from r1mega.data.suite_formats import Question, mathematics
+from r1mega.data.suites import SUITES, Suite, named_suites, read_suite
 from r1mega.rollout.engine import Sampling
 from r1mega.stages.evaluation_config import CHAT, EvaluationConfig
 from r1mega.stages.evaluation_sources import (
@@ -110,14 +110,12 @@ def _plan_of_file(config: EvaluationConfig) -> Plan:
     path = Path(config.generations)
     generations = read_generations(path)
     named = config.suites[0]
-    try:
+    questions = questions_inside(path) if _is_mathematics(named) else []
+    if questions:  # GSM8K's model solutions bring their own, and may be a part of the suite's
+        ((suite, file),) = named_suites([f"{named}={path}"], config.data)
+    else:
         ((suite, file),) = named_suites([named], config.data, operations=config.operations)
         questions = read_suite(suite, file, since=config.since, until=config.until)
-    except FileNotFoundError:
-        questions = questions_inside(path)  # GSM8K's model solutions bring their own
-        if not questions or "=" in named:
-            raise
-        ((suite, file),) = named_suites([f"{named}={path}"], config.data)
     variants = by_question(generations, questions, path)
     questions = questions[: config.limit or None]
     settings = {"generations": checksum(path), "data": _data(suite, file, config)}
@@ -131,6 +129,11 @@ def _plan_of_file(config: EvaluationConfig) -> Plan:
         )
     inputs = {"generations": path} | ({f"suite {suite.name}": file} if file.is_file() else {})
     return Plan(config, jobs, inputs)
+
+
+def _is_mathematics(named: str) -> bool:
+    """A suite of mathematics that is named without a file."""
+    return any(suite.name == named and suite.read is mathematics for suite in SUITES.values())
 
 
 def _plain(name: str) -> str:

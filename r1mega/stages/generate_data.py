@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from r1mega.data.cold_start import Candidate, Source, sampled_sources
 from r1mega.data.manifest import Manifest
 from r1mega.data.prompts import read_evaluation, read_questions, read_rows, tokenised
 from r1mega.data.recipes import ColdStart, GenerateData, RejectionSampling
-from r1mega.data.rejection_sampling import General, Selection, clean_prompts, unfit, wrong
+from r1mega.data.rejection_sampling import General, Selection, clean_prompts, unfit, without_form, wrong
 from r1mega.data.responses import Response
 from r1mega.data.review import review
 from r1mega.data.shards import Rows, Shard, shards, write_lines
@@ -72,6 +72,7 @@ class Generation:
         self.selection = Selection(config, self.evaluation, self.manifest.dropped)
         self.sources = _sources(config)
         self.general = _general(config)
+        self.human = self._human(config)
         self.works = [self._work(source) for source in self.sources]
         tasks = {prompt.task for work in self.works for prompt in work.by_id.values()}
         self.rewards = _with_judge(config, tasks)
@@ -83,6 +84,12 @@ class Generation:
             self._check_judged(work.by_id.values())
         self.judge = _with_cache(config.judge, directory.path / "judge.sqlite")
         self.rewriter = _with_cache(config.rewriter, directory.path / "rewriter.sqlite")
+
+    def _human(self, config: GenerateData) -> Rows:
+        """What people wrote, read before anything is sampled."""
+        if not isinstance(config, ColdStart) or "human" not in config.sources:
+            return []
+        return list(cold_start.human_rows(read_rows(config.human, "human"), config, self._count_tokens))
 
     def _check_judged(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
@@ -175,7 +182,7 @@ class Generation:
                 rows.append({"id": candidate.id, "why": text})
                 continue
             prompt = candidate.prompt
-            why = wrong(scores[slot], _without_form(self.weights[prompt.task]))
+            why = wrong(scores[slot], without_form(self.weights[prompt.task]))
             why = why or unfit(text, prompt.question, config.filters)
             rows.append(
                 {
@@ -253,9 +260,7 @@ class Generation:
                 before += rewriting.person(candidate.response.reasoning)
                 after += rewriting.person(response.reasoning)
                 rows.append(row)
-        if "human" in config.sources:
-            written = cold_start.human_rows(read_rows(config.human, "human"), config, self._count_tokens)
-            rows += [row for row in written if self.selection.keeps(row["question"], row["response"])]
+        rows += [row for row in self.human if self.selection.keeps(row["question"], row["response"])]
         rows = list(_at_most(rows, config.size, self.manifest))
         self.manifest.facts["first_person"] = {
             "before": {"I": before.singular, "we": before.plural, "share": before.share},
@@ -273,7 +278,7 @@ class Generation:
         rollouts = [as_rollout(prompt, 0, row["response"]) for prompt, row in zip(prompts, rows, strict=True)]
         async with Scorer(self.rewards, judge=self.judge) as scorer:
             for row, score in zip(rows, await scores_of(rollouts, scorer, self.judge), strict=True):
-                if why := wrong(score, _without_form(self.weights[row["task"]])):
+                if why := wrong(score, without_form(self.weights[row["task"]])):
                     raise ConfigError(
                         f"row {row['id']}: what people wrote does not give the answer {row['answer']!r} ({why}): mend it "
                         f"in {self.path / 'review'} or {getattr(self.config, 'human', '')}, or drop the row"
@@ -325,11 +330,6 @@ def _with_judge(config: GenerateData, tasks: set[str]) -> RewardConfig:
         return config.rewards
     rows = {task: {"judge": 1.0} for task in tasks - ACCURACY.keys()}
     return replace(config.rewards, task_weights=rows | config.rewards.task_weights)
-
-
-def _without_form(weights: Mapping[str, float]) -> dict[str, float]:
-    """A rewritten text has another form than the one it was sampled in, and a right one by construction."""
-    return {term: weight for term, weight in weights.items() if term not in ("format", "reasoning_format")}
 
 
 async def _new_text(config: ColdStart, candidate: Candidate, endpoint: Endpoint | None) -> Response | str:

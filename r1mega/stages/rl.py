@@ -71,7 +71,8 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     check_references(prompts.train + prompts.heldout)
     console.note(
         f"{len(prompts.train):,} problems to train on, {len(prompts.heldout):,} held out "
-        f"({prompts.dropped} over data.max_prompt_tokens and {prompts.unanswered} without an answer dropped)"
+        f"({prompts.dropped} over data.max_prompt_tokens, {prompts.unanswered} without an answer and "
+        f"{prompts.duplicates} that overlap held-out ones dropped)"
     )
     if not prompts.heldout:
         raise ConfigError(

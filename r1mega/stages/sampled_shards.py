@@ -87,16 +87,17 @@ class SampledShards:
         rollouts = [item async for item in engines.generate(prompts, sampling_of(self.config), DATA_STEP)]
         rollouts.sort(key=lambda item: (position[item.prompt.id], item.index))
         assert len(rollouts) == len(prompts) * self.config.samples
-        return [
-            {
-                "prompt": item.prompt.id,
-                "index": item.index,
-                "text": item.response_text,
-                "tokens": len(item.response_ids),
-                "finish_reason": item.finish_reason,
-            }
-            for item in rollouts
-        ]
+        return [self._sample(item) for item in rollouts]
+
+    def _sample(self, item: Rollout) -> dict[str, Any]:
+        text, ended = self.source.cut(item.response_text)
+        return {
+            "prompt": item.prompt.id,
+            "index": item.index,
+            "text": text,
+            "tokens": len(item.response_ids),
+            "finish_reason": "stop" if ended else item.finish_reason,
+        }
 
     async def _scored(self, number: int, samples: Rows, scorer: Scorer, judge: JudgeConfig) -> Rows:
         rollouts = [
@@ -127,9 +128,7 @@ async def scores_of(rollouts: Sequence[Rollout], scorer: Scorer, judge: JudgeCon
 def _check_judge(verdicts: Mapping[str, str], id: str, judge: JudgeConfig) -> None:
     """A judge that is silent stops the run. (A rule's fault is the sample's own; the scorer bounds how many there are.)"""
     if verdicts.get("judge") in FAULTS:
-        raise EndpointFault(
-            f"{judge.url}, model {judge.model}: no verdict on {id}; the same command goes on when it answers again"
-        )
+        raise EndpointFault(f"{judge.url}, model {judge.model}: no verdict of the judge on {id}")
 
 
 def as_rollout(prompt: Prompt, index: int, text: str, finish_reason: str = "stop") -> Rollout:

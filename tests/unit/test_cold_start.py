@@ -80,6 +80,41 @@ def test_candidates_are_right_readable_and_counted(tmp_path: Path) -> None:
     assert dropped["per_prompt"] == 1
 
 
+def test_few_shot_and_direct_need_no_answer_tags_and_r1_zero_does() -> None:
+    """02_cold_start.py scores R1-Zero's format; a prompt text asks for another."""
+    config = replace(CONFIG, sources=("direct", "r1_zero"), filters=())
+    sample = {
+        "prompt": "p", "index": 0, "tokens": 3, "finish_reason": "stop",
+        "terms": {"accuracy": 1.0, "format": 0.0}, "verdicts": {"accuracy": "equal", "format": "missing_think"},
+    }  # fmt: skip
+    texts = ["3+4=7\n</think>\n\n\\boxed{7}", "3+4=7, never closed"]
+    samples = [sample | {"text": text, "index": index} for index, text in enumerate(texts)]
+    weights = {"math": {"accuracy": 1.0, "format": 1.0}}
+    direct, zero = sampled_sources(config)
+    dropped: Counter[str] = Counter()
+    found = list(candidates(samples, {"p": PROMPT}, direct, config, weights, dropped))
+    assert [(c.response.reasoning, c.response.summary) for c in found] == [("3+4=7", "\\boxed{7}")]
+    assert dropped == {"format:unclosed_think": 1}
+    assert not list(candidates(samples, {"p": PROMPT}, zero, config, weights, dropped))
+
+
+@pytest.mark.parametrize(
+    ("shots", "text", "left"),
+    [
+        ("Q: 1+1\n<think>\n2\n</think>\n2\n\nQ: {question}\n<think>\n", "a\n</think>\n\n5\n\nQ: 2+2\nb", "a\n</think>\n\n5\n"),
+        ("Q: 1+1\nA: 2\nQ: {question}\nA:", "a Q: b", "a Q: b"),
+        ("Question: {question}\n", "a\nQuestion: b", "a\nQuestion: b"),
+        ("2\n\n{question}\n", "a\n\nb", "a\n\nb"),
+    ],
+)  # fmt: skip
+def test_a_base_model_that_writes_the_next_example_is_cut_there(
+    shots: str, text: str, left: str, tmp_path: Path
+) -> None:
+    (tmp_path / "shots.txt").write_text(shots)
+    (source,) = sampled_sources(replace(CONFIG, sources=("few_shot",), few_shot=str(tmp_path / "shots.txt")))
+    assert source.cut(text) == (left, left != text)
+
+
 def test_what_people_wrote_is_a_row_of_their_own() -> None:
     columns = {"id": "a", "question": "3 + 4", "response": "<think>I add.</think>7", "answer": 7}
     (row,) = human_rows([Row("h.jsonl:1", 0, columns)], CONFIG, len)

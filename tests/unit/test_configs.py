@@ -6,6 +6,7 @@ import pytest
 
 from r1mega.checks import check
 from r1mega.config import RunConfig, value_at
+from r1mega.data.decontamination import NGRAM
 from r1mega.data.suites import SUITES
 from r1mega.overrides import bound, load
 from r1mega.stages import graph
@@ -65,6 +66,11 @@ def test_the_distilled_models_have_the_rates_of_the_paper(name: str, rate: float
     config = load(CONFIGS / "distill" / f"{name}.py")
     assert (config.optimizer.lr, config.optimizer.min_lr) == (rate, pytest.approx(rate / 10))
     assert (config.sft.batch_size, config.sft.max_length, config.stage) == (64, 32_768, "sft")
+    assert config.sft.num_epochs in (2, 3)
+    assert config.optimizer.schedule == "cosine"
+    assert config.data == load(CONFIGS / "distill" / "qwen2_5_math_1_5b.py").data, (
+        "all learn from the same samples"
+    )
 
 
 def test_the_control_of_the_distillation_is_r1_zero_at_its_own_rate():
@@ -75,6 +81,48 @@ def test_the_control_of_the_distillation_is_r1_zero_at_its_own_rate():
         10_400,
     )
     assert control.grpo == zero.grpo
+
+
+def test_rl_after_distillation_begins_at_the_distilled_model_with_the_first_rls_recipe():
+    dev2, control, config = (
+        load(CONFIGS / name)
+        for name in (
+            "r1/04_reasoning_rl.py",
+            "distill/qwen2_5_32b_zero.py",
+            "distill/rl_after_distillation.py",
+        )
+    )
+    assert config.model.path == "runs/distill/qwen2_5_32b/hf"
+    assert (config.stage, config.data.template, config.rewards) == ("rl", "r1", dev2.rewards)
+    assert (config.grpo, config.rollout.max_tokens) == (dev2.grpo, ((0, 32_768),))
+    assert (config.optimizer, config.parallel) == (control.optimizer, control.parallel)
+
+
+def test_the_data_stages_of_r1_filter_as_the_paper_says():
+    """R1, B.3.2 and B.3.3: no mixed languages, long paragraphs or code blocks, several samples, right ones only."""
+    recipe = {stage.name: stage for stage in graph.load(CONFIGS / "r1").stages}
+    cold, rejection = recipe["cold_start"].config, recipe["rejection"].config
+    assert {"format", "mixed_language", "long_paragraph", "code_block"} <= set(rejection.filters)
+    assert {"format", "mixed_language", "repeated_ngrams", "looping_tail"} <= set(cold.filters)
+    assert (rejection.rewards.weights, rejection.judge.model) == ({"accuracy": 1.0}, "deepseek-v3")
+    assert min(cold.samples, rejection.samples) > 1
+    assert 1_000 < cold.size < 10_000
+    assert (recipe["rejection"].inputs["model.path"], recipe["dev3"].config.model.path) == (
+        "dev2/hf", recipe["dev1"].config.model.path,
+    )  # fmt: skip
+    assert NGRAM == 10
+
+
+def test_the_reward_models_serve_the_last_stage_and_read_what_the_paper_says():
+    recipe = {stage.name: stage for stage in graph.load(CONFIGS / "r1").stages}
+    assert recipe["r1"].inputs | {"model.path": ""} == {
+        "model.path": "", "rewards.helpful_model": "helpful/hf", "rewards.safety_model": "safety/hf",
+    }  # fmt: skip
+    reads = [recipe[name].config.reward_model for name in ("helpful", "safety")]
+    assert [(one.objective, one.reads) for one in reads] == [
+        ("pairwise", "summary"),
+        ("pointwise", "response"),
+    ]
 
 
 def test_r1_zero_has_the_values_of_the_paper():

@@ -211,7 +211,16 @@ def test_humaneval_samples_get_the_verdicts_of_its_harness(tmp_path: Path) -> No
     samples = [
         ("    return 2", True), ("  return 2", True), ("\treturn 2", True), ("    return 3", False),
         ("    return input('number')", False), ("    import time\n    time.sleep(60)\n    return 2", False),
-        ("return 2", False),
+        ("return 2", False), ("    import subprocess\n    subprocess.check_output('rm -rf tmp')", False),
+        ("    while True:\n        pass", False), ("    exit()", False), ("    raise SystemExit(0)", False),
+        ("    raise KeyboardInterrupt", False), ("    import os\n    os._exit(0)", False), ("    raise BaseException", False),
+        ("    import sys\n    sys.stdin.read()\n    return 2", False), ("    yield 2", False), ("    return (", False),
+        ("    return 2.0", True), ("    return 2\n\ndef check(candidate):\n    assert False", True),
+        ("    return 2\n\nif __name__ == '__main__':\n    two(input())", True), ("    return 2\nprint('done')", True),
+        ("    return 2\ninput()", False), ("    pass\n\ndef two():\n    return 2\n", True),
+        ("    return 2\n```\nThat is it.", False),
+        ("```python\ndef two():\n    return 2\n```", False), ("def two():\n    return 2\n", False),
+        ("    return three()\n\ndef three():\n    return 2", True), ("", False), ("    return 1 / 0", False),
     ]  # fmt: skip
     file = write(
         tmp_path / "s.jsonl", [{"task_id": "own/0", "completion": c, "passed": p} for c, p in samples]
@@ -219,7 +228,7 @@ def test_humaneval_samples_get_the_verdicts_of_its_harness(tmp_path: Path) -> No
     suite = f"humaneval={write(tmp_path / 'p.jsonl', [problem])}"
     found = evaluate(tmp_path / "out", suite, file)["suites"]["humaneval"]
     assert found["disagreements"] == 0
-    assert found["pass@1"] == pytest.approx(3 / 7)
+    assert found["pass@1"] == pytest.approx(sum(passed for _, passed in samples) / len(samples))
 
 
 @pytest.mark.slow
@@ -254,6 +263,20 @@ def test_gsm8k_gold_is_all_right_and_one_more_all_wrong(tmp_path: Path) -> None:
     assert {name: (m["questions"], m["pass@1"], m["disagreements"]) for name, m in found.items()} == {
         "gsm8k-right": (264, 1.0, 0), "gsm8k-wrong": (264, 0.0, 0),
     }  # fmt: skip
+
+
+def test_model_solutions_are_graded_by_the_references_they_bring(tmp_path: Path) -> None:
+    """Also where the suite's own file is there, of which they hold a part."""
+    (tmp_path / "gsm8k").mkdir()
+    write(
+        tmp_path / "gsm8k" / "test.jsonl",
+        [{"question": "q", "answer": "#### 3"}, {"question": "r", "answer": "#### 4"}],
+    )
+    file = write(tmp_path / "s.jsonl", [
+        {"question": "q", "ground_truth": "so\n#### 2", "small": {"solution": "A: 2", "is_correct": True}},
+    ])  # fmt: skip
+    found = evaluate(tmp_path / "out", "gsm8k", file, data=str(tmp_path))["suites"]["gsm8k-small"]
+    assert (found["questions"], found["pass@1"], found["disagreements"]) == (1, 1.0, 0)
 
 
 # ---------------------------------------------------------------- an endpoint, chat

@@ -158,10 +158,10 @@ def test_an_endpoint_that_is_down_stops_the_stage_by_name_and_the_same_command_g
             config = ColdStart(**settings, rewriter=endpoint, template="tiny_chat")
         sample(config)
         down = True
-        assert r1mega_data(config, tmp_path) == 1
+        assert r1mega_data(config, tmp_path) == 2
         message = capsys.readouterr().err.strip()
-        assert message.startswith("r1mega: EndpointFault: ")
-        assert server.url in message
+        assert message.startswith(f"r1mega: {server.url}, model v3: no ")
+        assert message.endswith("start the server or correct its url, and the same command goes on")
         assert "\n" not in message
         out = tmp_path / "out"
         assert not (out / "data.jsonl").exists()
@@ -171,6 +171,24 @@ def test_an_endpoint_that_is_down_stops_the_stage_by_name_and_the_same_command_g
     rows = read(out / "data.jsonl")
     assert len(rows) == (10 if who == "judge" else 1)
     assert (rows[0]["lineage"]["judge"] is not None) == (who == "judge")
+
+
+def test_what_people_wrote_is_read_before_anything_is_sampled(
+    tmp_path: Path, settings: Any, capsys: pytest.CaptureFixture
+) -> None:
+    bad = write(
+        tmp_path / "human.jsonl", {"question": "2 + 2", "response": "<think>never closed", "answer": "4"}
+    )
+    for human, words in (
+        ("nowhere.jsonl", "human=nowhere.jsonl: no such file"),
+        (bad, "jsonl:1: the response's tags"),
+    ):
+        config = ColdStart(
+            **settings, sources=("r1_zero", "human"), human=human, rewriting="none", template="tiny_chat"
+        )
+        assert r1mega_data(config, tmp_path) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out/samples").exists()
 
 
 def test_thoughts_of_general_rows_are_written_once(tmp_path: Path, settings: Any) -> None:

@@ -161,6 +161,20 @@ def test_a_held_out_file_leaves_every_other_row_to_training(tmp_path: Path, toke
     assert (len(prompts.train), len(prompts.heldout)) == (26, 4)
 
 
+def test_what_overlaps_a_named_evaluation_set_leaves_training(tmp_path: Path, tokenizer: Any) -> None:
+    shared = "one two three four five six seven eight nine ten"
+    rows = [
+        {"question": f"so {shared}?", "answer": "1"},
+        {"question": shared.rpartition(" ")[0], "answer": "1"},
+        *questions(5),
+    ]
+    train = write(tmp_path / "train.jsonl", rows)
+    heldout = write(tmp_path / "test.jsonl", [{"question": f"Now {shared} eleven", "answer": "2"}])
+    prompts = read_prompts(DataConfig(path=train, eval_path=heldout), tokenizer, seed=1)
+    assert (len(prompts.train), prompts.duplicates) == (6, 1)
+    assert not [prompt for prompt in prompts.train if "ten" in prompt.question]
+
+
 def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"question": "x" * length, "answer": "1"} for length in (5, 50, 500)]
     path = write(tmp_path / "x.jsonl", rows)

@@ -11,6 +11,7 @@ import pytest
 
 from r1mega.config import PRESETS, ConfigError, JudgeConfig, RewardConfig
 from r1mega.rewards import scoring
+from r1mega.rewards.endpoint import EndpointFault
 from r1mega.rewards.scoring import Scorer
 from r1mega.rewards.sums import check_sums
 from r1mega.rewards.terms import ACCURACY, REWARDS
@@ -280,3 +281,21 @@ def test_a_failing_term_stops_a_step_at_once(wait_for: str) -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(scenario())
+
+
+def test_a_judge_that_is_down_is_named_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run of RL ends with exit code 2 and that line (cli.py), and goes on when the judge is back."""
+    monkeypatch.setattr("r1mega.rewards.endpoint.MAX_TRIES", 1)
+    monkeypatch.setattr("r1mega.rewards.scoring.MAX_FAULTS", 1)
+    monkeypatch.setattr("r1mega.rewards.endpoint.LONGEST_WAIT", 0.01)
+    url = "http://127.0.0.1:9/v1"
+
+    async def scored() -> None:
+        rewards = RewardConfig(weights={"judge": 1.0}, workers=1)
+        async with Scorer(rewards, judge=JudgeConfig(url=url, model="v3")) as scorer:
+            for index in range(2):
+                prompt = Prompt("p", "why?", "because", "essay", "why?", ())
+                await scorer.score(Rollout(prompt, index, (), (), "<think>a</think>b", "stop", 0))
+
+    with pytest.raises(EndpointFault, match=f"^{url}, model v3: no verdict of the judge, and 2 of 2 answers"):
+        asyncio.run(scored())

@@ -18,7 +18,7 @@ from r1mega.data.suite_formats import MGSM_INSTRUCTIONS, Question, gsm8k_final
 from r1mega.data.suites import SUITES, named_suites, read_suite
 from r1mega.rewards.choices import compare_choice, read_options
 from r1mega.rewards.code_spec import parse_tests
-from r1mega.rewards.math_answer import extract_answer
+from r1mega.rewards.math_answer import extract_answer, quick_compare
 
 DATA = Path(os.environ.get("R1MEGA_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
@@ -199,6 +199,28 @@ def test_any_file_of_questions_is_a_suite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "row, task, answer",
+    [
+        ({"task_id": "t/0", "prompt": "def f():\n", "test": "def check(c):\n    assert c()", "entry_point": "f"}, "code", ""),
+        ({"task_id": 0, "text": "t", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}, "code", ""),
+        (lcb_row("01"), "code", ""),
+        ({"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "instructions", ""),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "choice", "B"),
+        ({"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}, "math", "2"),
+        ({"question": "q", "ground_truth": "A: 2", "m": {"solution": "A: 2", "is_correct": True}}, "math", "2"),
+    ],
+)  # fmt: skip
+def test_a_file_named_alone_is_read_in_its_public_format(
+    row: dict, task: str, answer: str, tmp_path: Path
+) -> None:
+    ((suite, path),) = named_suites([str(write(tmp_path / "own.jsonl", [row]))], ".")
+    (question,) = read_suite(suite, path)
+    assert (suite.name, suite.k, question.task) == ("own", 1, task)
+    assert answer in ("", question.answer)
+    assert (suite.final("A: 3") == "A: 3") is (task != "math")
+
+
+@pytest.mark.parametrize(
     "name, row, words",
     [
         ("gsm8k", {"question": "q"}, r"f.jsonl:2: no column 'answer'"),
@@ -262,6 +284,66 @@ def test_model_solutions_bring_their_questions_and_several_models(tmp_path: Path
     assert {name: [g.published for each in v.values() for g in each] for name, v in variants.items()} == {
         "small": [False, False], "large": [True, True],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "columns, verdict",
+    [
+        ({"passed": True}, True), ({"passed": False, "result": "timed out"}, False), ({"result": "passed"}, True),
+        ({"result": "failed: name 'x': is not defined"}, False), ({"result": "timed out"}, False), ({"result": "42"}, None),
+        ({"is_correct": "False"}, False), ({"is_correct": 1}, True), ({"correct": 0.0}, False), ({}, None),
+    ],
+)  # fmt: skip
+def test_verdicts_are_read_as_files_write_them(columns: dict, verdict: bool | None, tmp_path: Path) -> None:
+    (found,) = read_generations(write(tmp_path / "g.jsonl", [{"id": "a", "completion": "x"} | columns]))
+    assert found.published is verdict
+
+
+def test_a_verdict_that_is_none_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "g.jsonl", [{"id": "a", "response": "x", "is_correct": "perhaps"}])
+    with pytest.raises(ConfigError, match=r"g.jsonl:1: column 'is_correct' holds 'perhaps'"):
+        read_generations(file)
+
+
+@pytest.mark.parametrize(
+    "response, right",
+    [
+        ("so\n#### 1,234", True), ("#### 1,234.00", True), ("#### $1,234", True), ("#### \\$1234", True),
+        ("#### **1234**", True), ("####1234", True), ("#### 1234 eggs per day.", True), ("#### 1234.", True),
+        ("#### 1234%", True), ("#### 1234:00", True), ("#### 1234<|endoftext|>", True), ("A: 1234<|endoftext|>\n", True),
+        ("A: 1,234", True), ("A: $1,234.00", True), ("A: 1234 eggs a day.", True), ("<<2*617=1234>>1234\nA:1234\n", True),
+        ("#### 1234\n\nQuestion: next?\n#### 7", True), ("#### 7\n#### 1234", False), ("#### -1234", False),
+        ("#### 1,235", False), ("A: 1235", False), ("A: 1 234", False), ("The answer is 1234.", False), ("1234", False),
+        ("<think>#### 7</think>#### 1234", True), ("<think>#### 1234</think>7", False),
+        ("#### 1. First\n so \\boxed{1234}", True), ("#### 12345", False), ("#### ", False), ("#### none", False),
+    ],
+)  # fmt: skip
+def test_gsm8k_reads_the_marked_number_whatever_stands_around_it(response: str, right: bool) -> None:
+    said = extract_answer(SUITES["gsm8k"].final(response))
+    assert (said is not None and quick_compare("1234", said) == "equal") is right
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", [" ", "\n", "\t", "</s> ", ",1", "####", "<<", "A: x ", "*", "1"])
+def test_a_long_response_is_read_in_linear_time(part: str) -> None:
+    for text in (
+        part * 200_000,
+        f"#### 1{part * 200_000}/2",
+        f"A: 1{part * 200_000}x",
+        f"####{part * 200_000}x",
+    ):
+        SUITES["gsm8k"].final(text)
+
+
+def test_gsm8k_reads_fractions_whole() -> None:
+    for gold, equal in (("0.5", True), ("1", False)):
+        said = extract_answer(SUITES["gsm8k"].final("#### 1/2"))
+        assert (quick_compare(gold, said or "") == "equal") is equal
+
+
+def test_gsm8k_reads_numbers_below_zero() -> None:
+    for response in ("#### -5", "#### -$5", "#### $-5.00", "A: -5"):
+        assert quick_compare("-5", extract_answer(SUITES["gsm8k"].final(response)) or "") == "equal", response
 
 
 @pytest.mark.parametrize(

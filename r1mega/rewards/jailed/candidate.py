@@ -46,6 +46,7 @@ class Candidate:
         except (SyntaxError, ValueError) as error:
             return ["compile", f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]]
         sys.modules[MODULE] = self.module
+        sys.stdin = None  # type: ignore[assignment]  # who reads fails, as in HumanEval's harness
         exec(compile(preamble, "preamble.py", "exec", dont_inherit=True), self.module.__dict__)
         exec(program, self.module.__dict__)
         for name in names:
