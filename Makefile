@@ -16,7 +16,7 @@ DEMO_SEED := $(if $(SEED),seed=$(SEED))
 # Tiny models: more threads only fight each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo pipeline test test-all lint bench clean
 
 setup: $(STAMP) $(EXTENSION)
 
@@ -44,6 +44,10 @@ $(EXTENSION): $(STAMP) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 demo: setup
 	@$(PY) -m r1mega run configs/tiny/base.py dir=$(DEMO)/base $(DEMO_SEED)
 	@$(PY) -m r1mega run configs/tiny/r1_zero.py dir=$(DEMO)/r1_zero model=$(DEMO)/base/hf $(DEMO_SEED)
+
+# All of R1's stages in a toy world: about half an hour.
+pipeline: setup
+	@$(PY) -m r1mega pipeline configs/tiny $(if $(SEED),dir=runs/tiny_pipeline-seed$(SEED) seed=$(SEED))
 
 test: setup
 	@$(PY) -m pytest -q -m "not slow" --durations=15

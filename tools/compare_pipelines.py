@@ -1,6 +1,6 @@
 """Stages x metrics of several runs of one pipeline, as a markdown table and JSON: what the README and the docs show.
 
-    python tools/compare_pipelines.py docs/benchmarks/tiny_pipeline.json runs/tiny runs/seed2 runs/seed3
+    python tools/compare_pipelines.py docs/benchmarks/tiny_pipeline.json runs/tiny_pipeline runs/two runs/three
 
 A cell is the mean over the runs, and the lowest and highest of them. All numbers come from the stages' evaluations, by
 the report's own reading (r1mega/pipeline_folder.py).

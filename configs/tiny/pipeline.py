@@ -160,6 +160,7 @@ talk = CommandStage(
 )
 pipeline = Pipeline(
     title="R1 in a toy world",
+    dir="runs/tiny_pipeline",  # runs/tiny is the demo's
     stages=(
         Stage("base", base, title="stands in for DeepSeek-V3-Base"),
         Stage("zero", zero, {"model.path": "base/hf"}, "R1-Zero: RL with rule rewards alone"),

@@ -1,6 +1,6 @@
 """Monte-Carlo tree search at inference on the toy chains: the second of R1's unsuccessful attempts.
 
-    python tools/experiments/mcts.py runs/tiny/base/hf --out runs/mcts [--labels outcome|steps]
+    python tools/experiments/mcts.py runs/tiny_pipeline/base/hf --out runs/mcts [--labels outcome|steps]
 
 R1 ("Unsuccessful Attempts", section 4.2 of the first preprint) searched in AlphaGo's way, guided by a value model. It
 found that the search can help at inference, and that improving the model by its own search did not work: text spans a

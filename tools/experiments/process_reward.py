@@ -1,6 +1,6 @@
 """Process-reward reranking on the toy chains: the first of R1's unsuccessful attempts.
 
-    python tools/experiments/process_reward.py runs/tiny/base/hf --out runs/prm [--rl-steps 60]
+    python tools/experiments/process_reward.py runs/tiny_pipeline/base/hf --out runs/prm [--rl-steps 60]
 
 R1 ("Unsuccessful Attempts", section 4.2 of the first preprint) found that a process-reward model (PRM) reranks well and
 yet is not worth it in large-scale RL: a fine step is hard to define in general reasoning, whether a step is right is
