@@ -10,7 +10,8 @@ Exponents are limited to MAX_LOG_RATIO nats; beyond it a term is constant and it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ class Tokens:
 
     def at(self, rows: Tensor | slice) -> Tokens:
         """Of some rows: int64 numbers or a slice."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Tokens(**{name: x if x is None else x[rows] for name, x in values.items()})
+        changes: dict[str, Any] = {name: x[rows] for name, x in vars(self).items() if x is not None}
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,9 @@ def run(
     weight_VD = weight_VD.to(operand)
     numbers_N = tokens.mask_T.nonzero().squeeze(1)
     whole = len(numbers_N) == len(hidden_TD)
-    plan = plan_of(len(numbers_N), *weight_VD.shape, weight_VD.element_size(), hidden_TD.device.type)
-    logits_RV = hidden_TD.new_empty(plan.chunk, len(weight_VD), dtype=dtype)
+    num_rows, hidden_size = weight_VD.shape
+    plan = plan_of(len(numbers_N), num_rows, hidden_size, weight_VD.element_size(), hidden_TD.device.type)
+    logits_RV = hidden_TD.new_empty(plan.chunk, num_rows, dtype=dtype)
     loss = hidden_TD.new_zeros((), dtype=torch.float64)
     logprobs_T, entropy_T = hidden_TD.new_zeros(2, len(hidden_TD), dtype=dtype).unbind(0)
     d_hidden_TD = None

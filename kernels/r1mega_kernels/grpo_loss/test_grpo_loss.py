@@ -29,11 +29,19 @@ OBJECTIVES = {
     "importance": Objective(0.2, 0.2, kl_coef=0.05, importance_cap=1.2),
     "entropy": Objective(0.2, 0.2, kl_coef=0.05, entropy_coef=0.3),
 }
+Problem = tuple[Tensor, Tensor, Tensor, Tokens]
+"""(hidden, weight, targets, tokens)"""
 NAMES = ("loss", "logprobs", "entropy", "d_hidden", "d_weight")
 
 
-def make_problem(num_tokens: int, num_rows: int, hidden_size: int, dtype=torch.float32, temperature=1.0):
-    """(hidden, weight, targets, tokens): a third of the tokens does not count, a third of the others has advantage 0."""
+def make_problem(
+    num_tokens: int,
+    num_rows: int,
+    hidden_size: int,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+) -> Problem:
+    """A third of the tokens does not count, a third of the others has advantage 0."""
     hidden_TD = torch.randn(num_tokens, hidden_size).to(dtype)
     weight_VD = (torch.randn(num_rows, hidden_size) * 2 / math.sqrt(hidden_size)).to(dtype)
     targets_T = torch.randint(0, num_rows, (num_tokens,))
@@ -51,11 +59,11 @@ def results_and_gradients(op, hidden_TD: Tensor, weight_VD: Tensor, *args, **kwa
     loss, logprobs_T, entropy_T = op(hidden_TD, weight_VD, *args, **kwargs)
     loss.backward()
     d_weight_VD = kwargs.get("main_grad_VD", weight_VD.grad)
-    assert hidden_TD.grad is not None
-    return [x.detach().double() for x in (loss, logprobs_T, entropy_T, hidden_TD.grad, d_weight_VD)]
+    found = (loss, logprobs_T, entropy_T, hidden_TD.grad, d_weight_VD)
+    return [torch.as_tensor(x).detach().double() for x in found]
 
 
-def in_float64(problem):
+def in_float64(problem: Problem) -> Problem:
     hidden_TD, weight_VD, targets_T, tokens = problem
     return hidden_TD.double(), weight_VD.double(), targets_T, tokens
 
@@ -71,7 +79,7 @@ def assert_close(own: list[Tensor], exact: list[Tensor], rounding: float) -> Non
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_and_gradients_match_float64(shape, temperature, name):
-    problem = make_problem(*shape, temperature=temperature)
+    problem = make_problem(*shape, torch.float32, temperature)
     exact = results_and_gradients(
         grpo_loss_reference, *in_float64(problem), OBJECTIVES[name], temperature=temperature
     )
@@ -240,6 +248,7 @@ def test_main_grad_is_added_to_and_autograd_gets_none():
     )
     loss.backward()
     assert weight_VD.grad is None
+    assert hidden_TD.grad is not None
     assert torch.equal(hidden_TD.grad.double(), plain[3])
     torch.testing.assert_close((main_grad_VD - 1).bfloat16().double(), plain[4], rtol=2e-2, atol=1e-4)
 
@@ -412,6 +421,17 @@ def test_bad_input_is_named(change, message):
         grpo_loss(**{**arguments, **change})
 
 
+def test_a_kernel_whose_loads_are_scalar_fails_the_ahead_of_time_check():
+    pytest.importorskip("triton")
+    from r1mega_kernels.aot import compile_for_sm90
+    from r1mega_kernels.grpo_loss.kernel import ahead_of_time
+
+    softmax = ahead_of_time()[0]
+    assert compile_for_sm90(softmax).num_wide_loads > 0
+    with pytest.raises(AssertionError, match="no load of 16 bytes"):
+        compile_for_sm90(replace(softmax, divisible_by_16=()))
+
+
 def test_triton_kernels_match_float64_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     environment = {
@@ -437,8 +457,9 @@ def test_triton_kernels_match_float64_in_the_interpreter(tmp_path):
 @pytest.mark.parametrize("shape", [(700, 4099, 128), (2048, 16160, 512), (33, 129280, 256)])
 @pytest.mark.parametrize("name", ["clip and KL", "entropy"])
 def test_a_gpu_matches_float64(shape, name):
-    problem = [x if isinstance(x, Tokens) else x.cuda() for x in make_problem(*shape, torch.bfloat16)]
-    problem[3] = Tokens(**{field: value.cuda() for field, value in vars(problem[3]).items()})
+    hidden_TD, weight_VD, targets_T, tokens = make_problem(*shape, torch.bfloat16)
+    tokens = Tokens(**{field: value.cuda() for field, value in vars(tokens).items()})
+    problem = (hidden_TD.cuda(), weight_VD.cuda(), targets_T.cuda(), tokens)
     exact = results_and_gradients(grpo_loss_reference, *in_float64(problem), OBJECTIVES[name])
     main_grad_VD = torch.zeros(shape[1], shape[2], device="cuda")
     own = results_and_gradients(grpo_loss, *problem, OBJECTIVES[name], main_grad_VD=main_grad_VD)
