@@ -6,6 +6,9 @@ length-normalised form. Departures: separate low and high clip bounds, optional 
 sampling against the engine's log-probs, and exponents limited to MAX_LOG_RATIO nats so that fp32 stays
 finite (beyond it the term is constant).
 
+With a ratio per token the model's head computes the same loss together with its gradients (`token_objective`), and
+what is here gives the metrics.
+
 A loss is a *sum*: every token carries its weight in the global mini-batch (`token_weights_T`), so the
 trainer only adds, over micro-batches and ranks. Metrics are float64 sums too, except keys that end in
 "_max", which combine by maximum. PPO's policy loss is GRPO's with advantages of a critic, so that the comparison

@@ -78,7 +78,7 @@ def assert_close(own: list[Tensor], exact: list[Tensor], rounding: float) -> Non
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradients_match_float64(shape, temperature, name):
+def test_loss_and_gradients_match_float64(shape: tuple[int, int, int], temperature: float, name: str) -> None:
     problem = make_problem(*shape, torch.float32, temperature)
     exact = results_and_gradients(
         grpo_loss_reference, *in_float64(problem), OBJECTIVES[name], temperature=temperature
@@ -456,7 +456,7 @@ def test_triton_kernels_match_float64_in_the_interpreter(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", [(700, 4099, 128), (2048, 16160, 512), (33, 129280, 256)])
 @pytest.mark.parametrize("name", ["clip and KL", "entropy"])
-def test_a_gpu_matches_float64(shape, name):
+def test_a_gpu_matches_float64(shape: tuple[int, int, int], name: str) -> None:
     hidden_TD, weight_VD, targets_T, tokens = make_problem(*shape, torch.bfloat16)
     tokens = Tokens(**{field: value.cuda() for field, value in vars(tokens).items()})
     problem = (hidden_TD.cuda(), weight_VD.cuda(), targets_T.cuda(), tokens)
