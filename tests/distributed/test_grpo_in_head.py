@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_trainer import batch, config_of, in_processes
 from tiny_models import DEEPSEEK_V3, QWEN2
 

@@ -24,10 +24,10 @@ WORKSPACE_BYTES = 2**30
 """Of a GPU's memory: logits, window and what goes with them, a quarter for the chunk."""
 TILE_ROWS = 128
 """A chunk and a window are multiples of it where they are larger: whole tiles of a matrix product."""
-CPU_CHUNK_LOGITS = 2**18
-"""1 MiB of logits, about one core's cache ..."""
+CPU_CHUNK_LOGITS = 2**22
+"""16 MiB of logits: what a chunk costs beside its products no longer counts (logit_rows.py goes through it in pieces) ..."""
 CPU_CHUNK_ROWS = 256
-"""... unless so few rows would share one pass over a large vocabulary that the product becomes slow."""
+"""... and more where so few rows would share one pass over a large vocabulary that the product becomes slow."""
 
 
 @dataclass(frozen=True)
