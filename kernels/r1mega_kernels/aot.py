@@ -2,8 +2,9 @@
 
     python -m r1mega_kernels.aot
 
-What it asserts: kernels that multiply matrices use Hopper's wgmma instructions, and no kernel spills
-registers to local memory. What it cannot show: that they run, and how fast.
+What it asserts: kernels that multiply matrices use Hopper's wgmma instructions, no kernel spills registers to local
+memory, and loads of global memory take 16 bytes or more a thread. What it cannot show: that they run, and
+how fast.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ SM90 = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_LIMIT = 227 * 1024
 """Bytes one block of threads can have on sm_90."""
 
+WIDE_LOAD = re.compile(
+    r"ld\.global[\w.:]*\.v4\.[bfsu]32|ld\.global[\w.:]*\.v2\.[bfsu]64"
+    r"|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10,|cp\.async\.bulk"
+)
+"""As Triton writes them in PTX."""
+
 
 @dataclass(frozen=True)
 class AheadOfTime:
@@ -42,6 +49,8 @@ class AheadOfTime:
     num_stages: int
     tensor_cores: bool
     """Whether the kernel must come out with wgmma instructions."""
+    wide_loads: bool = True
+    """Whether it must load global memory 16 bytes at a time; not so where every load is a scalar or a gather."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Compiled:
     name: str
     seconds: float
     num_wgmma: int
+    num_wide_loads: int
+    """Loads of 16 bytes a thread, and bulk copies to shared memory."""
     registers: int
     stack_bytes: int
     """Local memory per thread: spilled registers."""
@@ -73,20 +84,26 @@ def compile_for_sm90(specification: AheadOfTime) -> Compiled:
         specification.name,
         seconds,
         binary.asm["ptx"].count("wgmma.mma_async"),
+        len(WIDE_LOAD.findall(binary.asm["ptx"])),
         registers,
         stack_bytes,
         binary.metadata.shared,
     )
     assert compiled.num_wgmma > 0 or not specification.tensor_cores, f"{compiled}: no wgmma instruction"
+    assert compiled.num_wide_loads > 0 or not specification.wide_loads, f"{compiled}: no load of 16 bytes"
     assert compiled.stack_bytes == 0, f"{compiled}: registers spilled to local memory"
     assert compiled.shared_bytes <= SHARED_MEMORY_LIMIT, f"{compiled}: more than {SHARED_MEMORY_LIMIT} bytes"
     return compiled
 
 
 def all_kernels() -> list[AheadOfTime]:
+    from r1mega_kernels.grpo_loss import kernel as grpo_loss
     from r1mega_kernels.linear_logprob import kernel as linear_logprob
 
-    return linear_logprob.ahead_of_time()
+    return [
+        *linear_logprob.ahead_of_time(),
+        *grpo_loss.ahead_of_time(),
+    ]
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -104,7 +121,9 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
-    print(f"{'kernel':46}{'seconds':>8}{'wgmma':>7}{'registers':>11}{'stack':>7}{'shared':>9}")
+    print(
+        f"{'kernel':54}{'seconds':>8}{'wgmma':>7}{'wide loads':>12}{'registers':>11}{'stack':>7}{'shared':>9}"
+    )
     failures = 0
     for specification in all_kernels():
         try:
@@ -114,7 +133,7 @@ def main() -> int:
             print(f"FAILED {error}", file=sys.stderr)
             continue
         print(
-            f"{row.name:46}{row.seconds:8.1f}{row.num_wgmma:7}{row.registers:11}"
+            f"{row.name:54}{row.seconds:8.1f}{row.num_wgmma:7}{row.num_wide_loads:12}{row.registers:11}"
             f"{row.stack_bytes:7}{row.shared_bytes:9}"
         )
     return 1 if failures else 0

@@ -6,6 +6,9 @@ length-normalised form. Departures: separate low and high clip bounds, optional 
 sampling against the engine's log-probs, and exponents limited to MAX_LOG_RATIO nats so that fp32 stays
 finite (beyond it the term is constant).
 
+With a ratio per token the model's head computes the same loss together with its gradients (`token_objective`), and
+what is here gives the metrics.
+
 A loss is a *sum*: every token carries its weight in the global mini-batch (`token_weights_T`), so the
 trainer only adds, over micro-batches and ranks. Metrics are float64 sums too, except keys that end in
 "_max", which combine by maximum. PPO's policy loss is GRPO's with advantages of a critic, so that the comparison
@@ -21,11 +24,11 @@ from torch import Tensor
 
 from r1mega.config import GRPOConfig
 from r1mega.samples import PackedBatch
+from r1mega_kernels.grpo_loss import Objective
+from r1mega_kernels.grpo_loss.objective import MAX_LOG_RATIO
 
 Metrics = dict[str, Tensor]
 
-MAX_LOG_RATIO = 20.0
-"""Largest exponent, in nats: e^20 = 4.9e8."""
 VALUE_CLIP = 0.2
 """How far a value may move from the rollout's before its gradient stops (PPO; in units of the reward). [open]"""
 
@@ -81,6 +84,13 @@ def grpo_loss(
     if entropy_T is not None:
         metrics["entropy"] = total(masked(entropy_T, mask_T))
     return loss_sum, metrics
+
+
+def token_objective(config: GRPOConfig) -> Objective | None:
+    """`grpo_loss` as a function of each token's own log-prob, for the model's head; None: a ratio per sequence is none."""
+    if config.ratio != "token":
+        return None
+    return Objective(config.clip_low, config.clip_high, config.kl_coef, config.importance_cap)
 
 
 def sft_loss(logprobs_T: Tensor, batch: PackedBatch) -> tuple[Tensor, Metrics]:

@@ -1,6 +1,7 @@
 """The language model: a trunk with the vocabulary head, giving log-probs instead of logits.
 
-The head's output is never materialised: hidden states and the head's weight go to one fused operator.
+The head's output is never materialised: hidden states and the head's weight go to one fused operator, and with a
+token-level objective the loss and its gradients come out of it too, while the logits are there.
 
 Dims: T packed tokens, V vocabulary, D hidden.
 """
@@ -18,6 +19,7 @@ from r1mega.models.attention import PackedSequences
 from r1mega.models.trunk import Hidden, Trunk, assemble, initialise
 from r1mega.parallel.stages import StagePart
 from r1mega.samples import PackedBatch
+from r1mega_kernels.grpo_loss import Objective, Tokens, grpo_loss
 from r1mega_kernels.linear_logprob import linear_logprob
 
 
@@ -30,6 +32,9 @@ class TokenOutputs:
     mtp_loss_sum: Tensor | None
     """Multi-token-prediction loss, sum over tokens of weight * -log-prob (V3 eq. 24, before lambda); None
     where the model has no such layer or model.mtp_loss_weight is 0."""
+    loss_sum: Tensor | None = None
+    """With an objective: its sum over this context rank's tokens. It alone carries the gradient then; log-probs and
+    entropies are 0 where the loss mask is."""
 
 
 class LanguageModel(Trunk):
@@ -44,32 +49,32 @@ class LanguageModel(Trunk):
         *,
         temperature: float = 1.0,
         need_entropy: bool = True,
+        objective: Objective | None = None,
     ) -> Any:
         """TokenOutputs: log-prob and entropy of every target. T must be a multiple of the tensor axis (pack's `align`).
 
         Without `need_entropy` the entropy carries no gradient. A pipeline stage but the first takes what the one before
         gave, and all but the last give Hidden.
+
+        objective: what to make of the log-probs of tokens with a loss mask. The gradients are computed here, and the
+        head's is added to its main_grad at once, where it has one: it must be zeroed before, and the loss not be scaled.
         """
         packed = self._packed(batch)
         states = self._decode(batch, packed, hidden)
         if not self.part.last:
             return Hidden(states)
-        return self._token_outputs(states, batch, packed, temperature, need_entropy)
-
-    def _token_outputs(
-        self,
-        hidden: Tensor,
-        batch: PackedBatch,
-        packed: PackedSequences,
-        temperature: float,
-        need_entropy: bool,
-    ) -> TokenOutputs:
-        head_VD = self._head()
-        logprobs_T, entropy_T = self._logprobs(hidden, head_VD, batch.targets_T, packed, temperature)
+        head_VD, loss_sum = self._head(), None
+        if objective is None:
+            logprobs_T, entropy_T = self._logprobs(states, head_VD, batch.targets_T, packed, temperature)
+        else:
+            loss_sum, logprobs_T, entropy_T = self._loss(
+                states, head_VD, batch, packed, temperature, objective
+            )
         mtp_loss_sum = None
         if self.mtp_process and self.mtp_loss_weight:
-            mtp_loss_sum = self._mtp_loss(hidden, head_VD, batch, packed)
-        return TokenOutputs(logprobs_T, entropy_T if need_entropy else entropy_T.detach(), mtp_loss_sum)
+            mtp_loss_sum = self._mtp_loss(states, head_VD, batch, packed)
+        entropy_T = entropy_T if need_entropy else entropy_T.detach()
+        return TokenOutputs(logprobs_T, entropy_T, mtp_loss_sum, loss_sum)
 
     def _head(self) -> Tensor:
         if self.share_embeddings_and_output_weights and not self.copy_of_embedding:
@@ -90,6 +95,43 @@ class LanguageModel(Trunk):
             vocab_start=group.rank() * head_VD.shape[0],
         )
         return packed.whole(logprobs), packed.whole(entropy)
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        head_VD: Tensor,
+        batch: PackedBatch,
+        packed: PackedSequences,
+        temperature: float,
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss_sum of this context rank's tokens, log-probs and entropies of the whole batch)."""
+        assert batch.advantages_T is not None, "an objective needs advantages"
+
+        def mine(values_T: Tensor | None) -> Tensor | None:
+            return None if values_T is None else packed.mine(values_T)
+
+        tokens = Tokens(
+            packed.mine(batch.loss_mask_T) > 0,
+            packed.mine(batch.token_weights_T),
+            packed.mine(batch.advantages_T),
+            mine(batch.old_logprobs_T),
+            mine(batch.ref_logprobs_T),
+            mine(batch.rollout_logprobs_T),
+        )
+        group = self.pg_collection.tp
+        loss_sum, logprobs, entropy = grpo_loss(
+            self._whole(hidden),
+            head_VD,
+            packed.mine(batch.targets_T),
+            tokens,
+            objective,
+            temperature=temperature,
+            group=group if group.size() > 1 else None,
+            vocab_start=group.rank() * head_VD.shape[0],
+            main_grad_VD=getattr(head_VD, "main_grad", None),
+        )
+        return loss_sum, packed.whole(logprobs), packed.whole(entropy)
 
     def _mtp_loss(
         self, hidden: Tensor, head_VD: Tensor, batch: PackedBatch, packed: PackedSequences

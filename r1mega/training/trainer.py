@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from r1mega.algorithms.losses import Metrics, combine, grpo_loss, sft_loss
+from r1mega.algorithms.losses import Metrics, combine, grpo_loss, sft_loss, token_objective
 from r1mega.config import RunConfig
 from r1mega.parallel.mesh import destroy_mesh
 from r1mega.parallel.offload import phase_memory
@@ -29,6 +29,7 @@ from r1mega.training.process import join, on_device, update_report
 if TYPE_CHECKING:  # r1mega.models imports Megatron, which Platform.prepare_megatron must meet first
     from r1mega.models.language_model import LanguageModel, TokenOutputs
     from r1mega.models.trunk import Hidden
+    from r1mega_kernels.grpo_loss import Objective
 
 Loss = Callable[["TokenOutputs", PackedBatch], tuple[Tensor, Metrics]]
 
@@ -82,11 +83,13 @@ class Trainer:
 
     # ---- forward passes
 
-    def _compute(self, need_entropy: bool = False) -> Compute:
+    def _compute(self, need_entropy: bool = False, objective: Objective | None = None) -> Compute:
         temperature = self.config.rollout.temperature if self.config.stage == "rl" else 1.0
 
         def compute(stage: torch.nn.Module, batch: PackedBatch, hidden: Hidden | None) -> Any:
-            return stage(batch, hidden, temperature=temperature, need_entropy=need_entropy)
+            return stage(
+                batch, hidden, temperature=temperature, need_entropy=need_entropy, objective=objective
+            )
 
         return compute
 
@@ -138,7 +141,8 @@ class Trainer:
         norms: list[float] = []
         critic_norms: list[float] = []
         for k, chunks in enumerate(mini_batches):
-            totals = self._accumulate(chunks, self._grpo_loss, need_entropy=True)
+            objective = token_objective(self.config.grpo)
+            totals = self._accumulate(chunks, self._grpo_loss, need_entropy=True, objective=objective)
             if k == 0 and self.model.has_last:
                 self._check_first_update(totals, step)
             parts.append(totals)
@@ -166,9 +170,13 @@ class Trainer:
         )
 
     def _grpo_loss(self, outputs: TokenOutputs, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-        return grpo_loss(outputs.logprobs_T, outputs.entropy_T, batch, self.config.grpo)
+        """The gradient is that of `outputs.loss_sum`, where the head has computed it already."""
+        value, metrics = grpo_loss(outputs.logprobs_T, outputs.entropy_T, batch, self.config.grpo)
+        return value if outputs.loss_sum is None else outputs.loss_sum, metrics
 
-    def _accumulate(self, chunks: list[PackedBatch], loss: Loss, *, need_entropy: bool) -> Metrics:
+    def _accumulate(
+        self, chunks: list[PackedBatch], loss: Loss, *, need_entropy: bool, objective: Objective | None = None
+    ) -> Metrics:
         """Forward and backward of one mini-batch; gradients are left in the buffers.
 
         Returns the sums of the metrics; nothing in the processes of a pipeline that do not have the last stage.
@@ -185,7 +193,9 @@ class Trainer:
             parts.append(metrics)
             return value
 
-        self.model.forward_backward(self.optimizer.wrapped, chunks, self._compute(need_entropy), total)
+        self.model.forward_backward(
+            self.optimizer.wrapped, chunks, self._compute(need_entropy, objective), total
+        )
         return combine(parts)
 
     def _with(

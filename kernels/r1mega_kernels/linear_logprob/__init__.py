@@ -53,20 +53,8 @@ def linear_logprob(
     Raises ValueError for what cannot be: shapes, dtypes, devices, layout, temperature, and, on CPU, targets
     outside the vocabulary (on a GPU that check would wait for the device).
     """
-    _check_tensors(hidden_TD, weight_VD, targets_T)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-    num_rows = len(weight_VD)
-    if vocab_size is not None:
-        num_rows = min(max(vocab_size - vocab_start, 0), num_rows)
-    alone = group is None or group.size() == 1
-    if alone and num_rows == 0:
-        raise ValueError(
-            f"no vocabulary: weight has {len(weight_VD)} rows from {vocab_start}, vocab_size is {vocab_size}"
-        )
-    if targets_T.device.type == "cpu":
-        end = vocab_start + num_rows if alone else vocab_size
-        _check_targets(targets_T, vocab_start if alone else 0, end)
+    check_tensors(hidden_TD, weight_VD, targets_T)
+    num_rows = columns_of(weight_VD, targets_T, temperature, group, vocab_start, vocab_size)
     return _LinearLogprob.apply(hidden_TD, weight_VD, targets_T - vocab_start, temperature, group, num_rows)
 
 
@@ -126,7 +114,7 @@ def _implementation(hidden_TD: Tensor) -> ModuleType:
     return kernel
 
 
-def _check_tensors(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> None:
+def check_tensors(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> None:
     shapes = (
         f"hidden {list(hidden_TD.shape)}, weight {list(weight_VD.shape)}, targets {list(targets_T.shape)}"
     )
@@ -147,6 +135,31 @@ def _check_tensors(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> N
     for name, tensor in (("hidden", hidden_TD), ("weight", weight_VD), ("targets", targets_T)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; pass {name}.contiguous()")
+
+
+def columns_of(
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    vocab_start: int,
+    vocab_size: int | None,
+) -> int:
+    """Rows of the weight that are no padding. ValueError as linear_logprob says."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+    num_rows = len(weight_VD)
+    if vocab_size is not None:
+        num_rows = min(max(vocab_size - vocab_start, 0), num_rows)
+    alone = group is None or group.size() == 1
+    if alone and num_rows == 0:
+        raise ValueError(
+            f"no vocabulary: weight has {len(weight_VD)} rows from {vocab_start}, vocab_size is {vocab_size}"
+        )
+    if targets_T.device.type == "cpu":
+        end = vocab_start + num_rows if alone else vocab_size
+        _check_targets(targets_T, vocab_start if alone else 0, end)
+    return num_rows
 
 
 def _check_targets(targets_T: Tensor, start: int, end: int | None) -> None:
