@@ -48,7 +48,9 @@ def replicated_experts(stages: Iterable[torch.nn.Module], placement: Placement) 
     """
     layers = expert_layers(stages)
     if len(layers) != len(placement.expert_of_slot_LP):
-        raise ValueError(f"a placement of {len(placement.expert_of_slot_LP)} layers for {len(layers)} expert layers")
+        raise ValueError(
+            f"a placement of {len(placement.expert_of_slot_LP)} layers for {len(layers)} expert layers"
+        )
     plain = [layer.token_dispatcher for layer in layers]
     hooks = []
     try:

@@ -86,7 +86,7 @@ def compare(rank: int, recompute: str, dispatcher: str) -> dict[str, Any]:
         "work": (work_before, work_after),
         "shares": shares_LE,
         "placement": placement,
-        "counts_doubled": all(
+        "counts_tripled": all(
             torch.equal(router.local_tokens_per_expert, 3 * count)
             for router, count in zip(routers, counted, strict=True)
         ),
@@ -117,7 +117,11 @@ def test_replicas_change_neither_outputs_nor_gradients(variant: str, results: An
         for name, gradient in before["gradients"].items():
             scale = gradient.abs().max().item()
             torch.testing.assert_close(
-                after["gradients"][name], gradient, rtol=0, atol=1e-5 * scale + 1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                after["gradients"][name],
+                gradient,
+                rtol=0,
+                atol=1e-5 * scale + 1e-12,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
         assert any("experts" in name and g.abs().max() > 1e-4 for name, g in before["gradients"].items())
 
@@ -146,6 +150,8 @@ def test_all_ranks_see_the_same_loads_and_routers_count_experts_not_slots(result
     first, *others = results["plain"]
     assert all(torch.equal(first["shares"], other["shares"]) for other in others)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first["placement"], other["placement"]))
-    torch.testing.assert_close(first["shares"].sum(dim=1), torch.ones(len(first["shares"]), dtype=torch.float64))
+    torch.testing.assert_close(
+        first["shares"].sum(dim=1), torch.ones(len(first["shares"]), dtype=torch.float64)
+    )
     assert (first["shares"][:, 0] > 0.3).all()
-    assert all(found["counts_doubled"] for found in results["plain"])
+    assert all(found["counts_tripled"] for found in results["plain"])
