@@ -57,9 +57,8 @@ class GroupedExperts(MegatronModule):
 
     def forward(self, tokens_ND: Tensor, tokens_per_expert_E: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
         """tokens_ND sorted by expert. The result is this expert_tensor rank's share of a sum."""
-        gate_up_EID, down_EDI = self.gate_up_EID, self.down_EDI
-        if self.weights_of_slots is not None:
-            gate_up_EID, down_EDI = self.weights_of_slots((gate_up_EID, down_EDI))
+        weights: tuple[Tensor, ...] = (self.gate_up_EID, self.down_EDI)
+        gate_up_EID, down_EDI = weights if self.weights_of_slots is None else self.weights_of_slots(weights)
         if tokens_ND.shape[0] == 0:  # keeps every weight in the graph: a gradient of zero, not a missing one
             return tokens_ND + 0.0 * (gate_up_EID.sum() + down_EDI.sum() + probs_N.sum()), None
         offsets_E = tokens_per_expert_E.to(tokens_ND.device).cumsum(0).to(torch.int32)

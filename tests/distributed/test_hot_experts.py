@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import free_port, mesh_of, packed
+from tiny_models import free_port, mesh_of, packed, process_group
 
-from r1mega.bench.layouts import MTP
+from r1mega.bench.layouts import MTP, Layout, train
 from r1mega.config import ModelConfig, ParallelConfig
 
 RANKS, SLOTS = 4, 16
@@ -155,3 +155,49 @@ def test_all_ranks_see_the_same_loads_and_routers_count_experts_not_slots(result
     )
     assert (first["shares"][:, 0] > 0.3).all()
     assert all(found["counts_tripled"] for found in results["plain"])
+
+
+PIPELINE = Layout("deep V3 MTP", ParallelConfig(data=2, expert=2, pipeline=2))
+
+
+def train_with_replicas(rank: int, port: int, directory: Path) -> None:
+    with process_group(rank, PIPELINE.ranks, port):
+        from r1mega.models.hot_experts import expert_layers, replicated_experts
+        from r1mega.parallel import mesh
+        from r1mega.training.pipelined_model import PipelinedModel
+        from r1mega_kernels.eplb import rebalance_experts
+
+        plain = PipelinedModel.forward_backward
+
+        def with_replicas(model: Any, *args: Any) -> Any:
+            layers = len(expert_layers(model.stages))
+            load = torch.rand(layers, 8, generator=torch.Generator().manual_seed(layers)) ** 3
+            with replicated_experts(model.stages, rebalance_experts(load, 12, 4, 2, 2, "across_nodes")):
+                return plain(model, *args)
+
+        place = mesh.init_mesh(PIPELINE.parallel, seed=1)
+        for overlap in (False, True):
+            outcomes = [train(PIPELINE, place, overlap)]
+            PipelinedModel.forward_backward = with_replicas  # type: ignore[method-assign]
+            outcomes.append(train(PIPELINE, place, overlap))
+            PipelinedModel.forward_backward = plain  # type: ignore[method-assign]
+            torch.save(outcomes, directory / f"{overlap} {rank}.pt")
+        mesh.destroy_mesh()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_training_with_replicas_under_a_pipeline_gives_the_same_weights(tmp_path: Path) -> None:
+    """Three optimizer steps under DualPipeV, its forwards and backwards one after the other and mixed."""
+    mp.spawn(train_with_replicas, (free_port(), tmp_path), nprocs=PIPELINE.ranks)
+    for overlap in (False, True):
+        for rank in range(PIPELINE.ranks):
+            plain, hot = torch.load(tmp_path / f"{overlap} {rank}.pt", weights_only=False)
+            torch.testing.assert_close(hot.losses, plain.losses, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(hot.norms, plain.norms, rtol=1e-5, atol=1e-6)
+            for what in ("gradients", "weights"):
+                for name, tensor in getattr(plain, what).items():
+                    scale = tensor.abs().max().item()
+                    torch.testing.assert_close(
+                        getattr(hot, what)[name], tensor, rtol=0, atol=1e-5 * scale + 1e-9
+                    )

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def measure(name: str, load: Tensor, slots: int, nodes: int | None, repeats: int
     }
     for solver in SOLVERS:
         balance = imbalance(load, rebalance_experts(load, *setting, solver), GPUS)
-        milliseconds = best_milliseconds(lambda s=solver: rebalance_experts(load, *setting, s), repeats)
+        milliseconds = best_milliseconds(partial(rebalance_experts, load, *setting, solver), repeats)
         row[solver] = {
             "milliseconds": milliseconds,
             "max_over_mean": balance.mean().item(),

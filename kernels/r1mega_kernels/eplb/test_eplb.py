@@ -33,7 +33,8 @@ def random_loads(layers: int, experts: int) -> torch.Tensor:
 
 def test_the_published_algorithm_bit_for_bit():
     for _ in range(60):
-        experts, *setting = random_setting()
+        experts, slots, groups, nodes, gpus = random_setting()
+        setting = slots, groups, nodes, gpus
         load = random_loads(3, experts)
         placement = rebalance_experts(load, *setting)
         expert_of_slot, replica_of_slot, replicas = reference.rebalance_experts(load, *setting)
