@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "eplb/placement.h"
 #include "packing/best_fit.h"
 
 namespace py = pybind11;
@@ -29,6 +30,27 @@ py::tuple pack_best_fit(const py::array& lengths, int64_t capacity, int64_t num_
   return py::make_tuple(std::move(bin_of_sequence), packing.num_bins);
 }
 
+using Loads = py::array_t<float, py::array::c_style>;
+
+py::tuple place_experts(const Loads& load, const Loads& group_load, int64_t slots, int64_t nodes, int64_t gpus,
+                        const std::string& solver) {
+  using namespace r1mega::eplb;
+  const Shape shape{load.shape(0), load.shape(1), slots, group_load.shape(1), nodes, gpus};
+  const Solver kind = solver == "published"      ? Solver::kPublished
+                      : solver == "within_nodes" ? Solver::kWithinNodes
+                                                 : Solver::kAcrossNodes;
+  Placement result;
+  {
+    py::gil_scoped_release release;
+    result = place(load.data(), group_load.data(), shape, kind);
+  }
+  const auto array = [&](const std::vector<int64_t>& values, int64_t columns) {
+    return py::array_t<int64_t>({shape.layers, columns}, values.data());
+  };
+  return py::make_tuple(array(result.expert_of_slot, slots), array(result.replica_of_slot, slots),
+                        array(result.replicas, shape.experts));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -39,4 +61,10 @@ PYBIND11_MODULE(_C, module) {
 lengths: int64 [n], each in [1, capacity]. Returns (bin_of_sequence: int32 [n], num_bins), where
 num_bins is a multiple of num_ranks (at least num_ranks); a bin is empty only where there are fewer
 sequences than bins. Raises ValueError for a sequence that fits nowhere. Releases the GIL.)");
+  module.def("place_experts", &place_experts, py::arg("load"), py::arg("group_load"), py::arg("slots"),
+             py::arg("nodes"), py::arg("gpus"), py::arg("solver"),
+             R"(Placement of expert replicas; r1mega_kernels.eplb checks its arguments and says what they are.
+
+load: float32 [layers, experts], group_load: float32 [layers, groups]. Returns int64 (expert_of_slot
+[layers, slots], replica_of_slot [layers, slots], replicas [layers, experts]). Releases the GIL.)");
 }

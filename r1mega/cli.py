@@ -118,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure the system on this machine")
     bench.add_argument(
         "what",
-        choices=["step", "rewards", "schedule", "layouts", "packing", "linear_logprob", "grpo_loss", "all"],
+        choices=[
+            "step", "rewards", "schedule", "layouts", "kernels", "packing", "linear_logprob", "grpo_loss", "grouped_topk",
+            "moe_permute", "fp8_block", "eplb", "all",
+        ],  # fmt: skip
     )
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
     bench.add_argument(

@@ -4,9 +4,11 @@ step             one reinforcement-learning step, phase by phase, beside vLLM al
 rewards          every reward: throughput, latency, verdicts, beside its goals
 schedule         pipeline orders: makespans, searched orders, DeepSeek-V3's step, pictures; nothing is timed
 layouts          every layout's loss and gradients beside those of one process
+kernels          all of the following
 packing          a million sequences into chunks (r1mega_kernels/packing)
 linear_logprob   the fused head (r1mega_kernels/linear_logprob)
 grpo_loss        the head with the loss and its gradients (r1mega_kernels/grpo_loss)
+eplb             replicas of hot experts, placed on GPUs (r1mega_kernels/eplb)
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ KERNEL_BENCHES = {
     "packing": "r1mega_kernels.packing.bench_packing",
     "linear_logprob": "r1mega_kernels.linear_logprob.bench_linear_logprob",
     "grpo_loss": "r1mega_kernels.grpo_loss.bench_grpo_loss",
+    "eplb": "r1mega_kernels.eplb.bench_eplb",
 }
 """Programs with an option --json FILE."""
 RESPONSES = ("varying", "uniform", "both")
@@ -44,7 +47,8 @@ def run(
     """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`."""
     if responses not in RESPONSES:
         raise ConfigError(f"--responses {responses}: it is one of {', '.join(RESPONSES)}")
-    chosen = ["step", "rewards", "schedule", "layouts", *KERNEL_BENCHES] if what == "all" else [what]
+    groups = {"all": ["step", "rewards", "schedule", "layouts", *KERNEL_BENCHES], "kernels": [*KERNEL_BENCHES]}
+    chosen = groups.get(what, [what])
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen:
         if name == "step":

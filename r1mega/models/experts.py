@@ -10,6 +10,7 @@ Dims: T tokens (of this process), E experts (here), N token-expert pairs, D hidd
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,15 +52,19 @@ class GroupedExperts(MegatronModule):
         for weight, dim in ((self.gate_up_EID, 1), (self.down_EDI, 2)):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
             weight.allreduce = False  # type: ignore[attr-defined]
+        self.weights_of_slots: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+        """Where hot experts have replicas (hot_experts.py): the weights of the experts here -> those of the slots here."""
 
     def forward(self, tokens_ND: Tensor, tokens_per_expert_E: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
         """tokens_ND sorted by expert. The result is this expert_tensor rank's share of a sum."""
+        weights: tuple[Tensor, ...] = (self.gate_up_EID, self.down_EDI)
+        gate_up_EID, down_EDI = weights if self.weights_of_slots is None else self.weights_of_slots(weights)
         if tokens_ND.shape[0] == 0:  # keeps every weight in the graph: a gradient of zero, not a missing one
-            return tokens_ND + 0.0 * (self.gate_up_EID.sum() + self.down_EDI.sum() + probs_N.sum()), None
+            return tokens_ND + 0.0 * (gate_up_EID.sum() + down_EDI.sum() + probs_N.sum()), None
         offsets_E = tokens_per_expert_E.to(tokens_ND.device).cumsum(0).to(torch.int32)
-        gate_NI, up_NI = _grouped_linear(tokens_ND, self.gate_up_EID, offsets_E).chunk(2, dim=-1)
+        gate_NI, up_NI = _grouped_linear(tokens_ND, gate_up_EID, offsets_E).chunk(2, dim=-1)
         hidden_NI = F.silu(gate_NI) * up_NI * probs_N[:, None].to(tokens_ND.dtype)
-        return _grouped_linear(hidden_NI, self.down_EDI, offsets_E), None
+        return _grouped_linear(hidden_NI, down_EDI, offsets_E), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; there are none here."""

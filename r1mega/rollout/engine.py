@@ -239,10 +239,12 @@ class RolloutEngine:
     def _receive(self, metadata: WeightMetadata, version: int) -> dict[str, float]:
         began = time.monotonic()
         target, draft = metadata.target_buckets, metadata.draft_buckets
+        self._rpc("begin_loading_experts")
         times = self._session("start_weight_update", version, target, draft)
         if draft:
             drafted = self._session("start_draft_weight_update", version, draft, [])
             times = {key: seconds + drafted[key] for key, seconds in times.items()}
+        self._rpc("finish_loading_experts")
         self._llm.reset_prefix_cache()
         self._version = version
         return times | {"receive_seconds": time.monotonic() - began}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from vllm.distributed.parallel_state import get_ep_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -28,6 +29,7 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 
 from r1mega import platforms
+from r1mega.rollout.expert_placement import begin_loading, finish_loading, install
 from r1mega.rollout.weight_sync import (
     Bucket,
     WeightChecksumError,
@@ -162,8 +164,23 @@ class SyncExtension:
     def sync_times(self) -> dict[str, float]:
         return self.weight_transfer_engine.times  # type: ignore[attr-defined]
 
+    def begin_loading_experts(self) -> None:
+        """Before a sync, where vLLM balances experts (expert_placement.py); elsewhere nothing."""
+        self._former_placements = begin_loading(self._balanced_models())
+
+    def finish_loading_experts(self) -> None:
+        models = self._balanced_models()
+        if models:
+            finish_loading(models, self._former_placements, get_ep_group().device_group)
+
+    def _balanced_models(self) -> list[Any]:
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        state = runner.eplb.state if hasattr(runner, "eplb") else runner.eplb_state  # vLLM has two runners
+        return [] if state is None else list(state.model_states.values())
+
 
 WeightTransferEngineFactory.register_engine(BACKEND, SyncEngine)
+install()
 
 
 # ---------------------------------------------------------------- what vLLM 0.32 gets wrong on CPU
