@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1mega_kernels.grouped_topk import Replicas, grouped_topk
+from r1mega_kernels import nvcc
+from r1mega_kernels.grouped_topk import Replicas, cuda, grouped_topk, reference
 
 HERE = Path(__file__).parent
 CASES = {  # T, E, K, groups, kept groups
@@ -59,7 +60,7 @@ def make_inputs(case: tuple[int, ...], spread: float = 2.0) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_choice_weights_and_gradient_match_float64(case, normalise):
-    num_tokens, num_experts, top_k, num_groups, kept = case
+    num_tokens, _, top_k, num_groups, kept = case
     logits_TE, bias_E = make_inputs(case)
     # float64 logits leave no doubt about near-ties; float32 ones are looked at below
     exact_TE = logits_TE.double().requires_grad_()
@@ -305,3 +306,138 @@ def test_triton_kernels_match_the_reference_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     checks = str(HERE / "interpreter_checks.py")
     run(["-m", "pytest", "-q", "-p", "no:cacheprovider", checks], tmp_path, TRITON_INTERPRET="1")
+
+
+def test_the_cuda_library_compiles_for_sm90_without_spills_and_loads_on_a_cpu(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc was not found")
+    library = tmp_path / "_C_cuda.so"
+    account = nvcc.compile_library(library)
+    assert account.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") >= 10
+    assert account.count("bytes stack frame") == account.count(" 0 bytes stack frame")
+    program = (
+        "import sys, torch; from pathlib import Path; from r1mega_kernels.grouped_topk import cuda;"
+        "assert cuda.load(Path(sys.argv[1]));"
+        "print(torch.ops.r1mega_cuda.grouped_topk.default._schema);"
+        "print(torch.ops.r1mega_cuda.grouped_topk_backward.default._schema);"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('r1mega_cuda::grouped_topk', 'CUDA'))"
+    )
+    schema, schema_backward, on_gpus = run(["-c", program, str(library)], tmp_path).splitlines()[-3:]
+    assert schema.startswith("r1mega_cuda::grouped_topk(Tensor logits, Tensor bias, int top_k")
+    assert schema_backward.endswith("-> Tensor")
+    assert on_gpus == "True"
+
+
+class Forward(ctypes.Structure):
+    """gate.cuh's."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in (
+            "logits", "bias", "counted", "sequence", "replay", "table", "count",
+            "weight", "expert", "slot", "load", "chosen", "share",
+        )),
+        ("tokens", ctypes.c_int64), ("max_replicas", ctypes.c_int64), ("top_k", ctypes.c_int),
+        ("num_groups", ctypes.c_int), ("kept_groups", ctypes.c_int), ("scale", ctypes.c_float),
+        ("normalise", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+class Backward(ctypes.Structure):
+    """gate.cuh's."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in (
+            "grad_weight", "grad_share", "logits", "expert", "sequence", "grad_logits",
+        )),
+        ("tokens", ctypes.c_int64), ("top_k", ctypes.c_int), ("scale", ctypes.c_float),
+        ("normalise", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def warp(tmp_path_factory):
+    """The CUDA C++ code of a warp, compiled for the CPU."""
+    library = tmp_path_factory.mktemp("warp") / "warp.so"
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+    source = HERE / "warp_on_cpu.cpp"
+    subprocess.run([*command, f"-I{nvcc.CSRC}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+WARP_CASES = {  # T, E, K, groups, kept groups
+    "DeepSeek-V3": (21, 256, 8, 8, 4),
+    "a group a lane": (9, 32, 3, 32, 20),
+    "two a lane, one group": (11, 64, 6, 1, 1),
+    "groups of eight": (10, 128, 16, 16, 5),
+    "512 experts in two groups": (10, 512, 32, 2, 1),
+}
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def of_warps(library, logits_TE, bias_E, case, counted_T, sequence_T, num_sequences, replay_TK, replicas):
+    num_tokens, num_experts, top_k, num_groups, kept = case
+    rows = num_sequences if sequence_T is not None else 0
+    out = [
+        torch.full((num_tokens, top_k), math.nan),
+        torch.full((0 if replay_TK is not None else num_tokens, top_k), -1),
+        torch.full((num_tokens if replicas else 0, top_k), -1),
+        torch.zeros(num_experts).long(),
+        torch.zeros(rows, num_experts).long(),
+        torch.zeros(rows, num_experts).long(),
+    ]
+    table_ER, count_E = replicas or (None, None)
+    inputs = (logits_TE, bias_E, counted_T, sequence_T, replay_TK, table_ER, count_E)
+    arguments = Forward(
+        *map(pointer, (*inputs, *out)), num_tokens, table_ER.shape[1] if replicas else 0, top_k, num_groups, kept, 2.5, True
+    )  # fmt: skip
+    library.forward(num_experts, ctypes.byref(arguments))
+    out[5] = (out[5] * 2.0**-40).float()
+    return out
+
+
+@pytest.mark.parametrize("case", WARP_CASES.values(), ids=WARP_CASES)
+@pytest.mark.parametrize("inputs", ["scores", "ties", "replay"])
+def test_the_cuda_code_of_a_warp_matches_the_reference(case, inputs, warp):
+    num_tokens, num_experts, top_k, num_groups, kept = case
+    grid_E = torch.linspace(0.05, 0.95, num_experts).pow(1.1).logit()
+    logits_TE = grid_E[torch.rand(num_tokens, num_experts).argsort(dim=-1)]
+    bias_E = torch.randint(-3, 4, (num_experts,)) * 0.0371
+    if inputs == "ties":
+        logits_TE, bias_E = torch.randint(-2, 3, (num_tokens, num_experts)).float() * 30, torch.zeros(num_experts)
+    sequence_T = torch.randint(0, 4, (num_tokens,)).sort().values
+    replay_TK = torch.rand(num_tokens, num_experts).argsort(dim=-1)[:, :top_k].contiguous()
+    replicas = Replicas(torch.randint(0, 99, (num_experts, 3)), torch.randint(1, 4, (num_experts,)))
+    options = [torch.rand(num_tokens) < 0.7, sequence_T, 5, replay_TK if inputs == "replay" else None]
+    for counted_T, sequence, num_sequences, replay, physical in (
+        (*options, replicas), (None, None, 0, options[3], None)
+    ):  # fmt: skip
+        own = of_warps(warp, logits_TE, bias_E, case, counted_T, sequence, num_sequences, replay, physical)
+        expected = reference.forward(
+            logits_TE, bias_E, top_k, num_groups, kept, True, 2.5,
+            counted_T, sequence, num_sequences, replay, *(physical or (None, None)),
+        )  # fmt: skip
+        for a, b in zip(own, expected):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", WARP_CASES.values(), ids=WARP_CASES)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_cuda_gradient_of_a_warp_matches_float64(case, normalise, warp):
+    num_tokens, num_experts, top_k = case[:3]
+    logits_TE = torch.randn(num_tokens, num_experts) * 2
+    expert_TK = torch.rand(num_tokens, num_experts).argsort(dim=-1)[:, :top_k].contiguous()
+    grad_TK, grad_SE = torch.randn(num_tokens, top_k), torch.randn(3, num_experts)
+    sequence_T = torch.randint(0, 3, (num_tokens,))
+    for share, sequence in ((grad_SE, sequence_T), (None, None)):
+        own_TE = torch.full_like(logits_TE, math.nan)
+        tensors = (grad_TK, share, logits_TE, expert_TK, sequence, own_TE)
+        arguments = Backward(*map(pointer, tensors), num_tokens, top_k, 2.5, normalise)
+        warp.backward(num_experts, ctypes.byref(arguments))
+        exact_TE = reference.backward(
+            grad_TK.double(), None if share is None else share.double(), logits_TE.double(), expert_TK, sequence,
+            normalise, 2.5,
+        )  # fmt: skip
+        torch.testing.assert_close(own_TE.double(), exact_TE, rtol=1e-5, atol=2e-6)
