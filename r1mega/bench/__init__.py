@@ -6,6 +6,7 @@ schedule         pipeline orders: makespans, searched orders, DeepSeek-V3's step
 layouts          every layout's loss and gradients beside those of one process
 packing          a million sequences into chunks (r1mega_kernels/packing)
 linear_logprob   the fused head (r1mega_kernels/linear_logprob)
+grouped_topk     the gate (r1mega_kernels/grouped_topk)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from r1mega.config import ConfigError
 KERNEL_BENCHES = {
     "packing": "r1mega_kernels.packing.bench_packing",
     "linear_logprob": "r1mega_kernels.linear_logprob.bench_linear_logprob",
+    "grouped_topk": "r1mega_kernels.grouped_topk.bench_grouped_topk",
 }
 """Programs with an option --json FILE."""
 RESPONSES = ("varying", "uniform", "both")

@@ -174,7 +174,7 @@ class GroupLimitedRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T, 1, experts] -> (weights [T, experts], zero where not chosen; chosen, bool [T, experts])."""
         config, packed = self.config, self.packed
-        balanced = config.balance_loss and packed is not None and self.training and torch.is_grad_enabled()
+        balanced = packed if config.balance_loss and self.training and torch.is_grad_enabled() else None
         logits_TE = logits.view(-1, config.num_moe_experts).float()
         routing = grouped_topk(
             logits_TE,
@@ -185,11 +185,11 @@ class GroupLimitedRouter(TopKRouter):
             normalise=config.norm_topk_prob,
             scale=config.moe_router_topk_scaling_factor or 1.0,
             counted_T=None if packed is None else real_tokens(packed, self),
-            **(sequences(packed, self) if balanced else {}),
+            **({} if balanced is None else sequences(balanced, self)),
         )
         weight_TE = torch.zeros_like(logits_TE).scatter(1, routing.expert_TK, routing.weight_TK)
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, routing.expert_TK, True)
-        if balanced:
-            weight_TE = with_balance_loss(weight_TE, routing, packed, self)
+        if balanced is not None:
+            weight_TE = with_balance_loss(weight_TE, routing, balanced, self)
         self._apply_expert_bias(routing.load_E[None])  # counts the load, for the bias update
         return weight_TE, chosen_TE

@@ -106,7 +106,7 @@ def _forward(
     count_E: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Routing's tensors; expert_TK is empty where it was given, slot_TK where there are no replicas."""
-    return _implementation(logits_TE, num_groups).forward(
+    return _implementation(logits_TE, num_groups, top_k).forward(
         logits_TE,
         bias_E,
         top_k,
@@ -153,25 +153,24 @@ def _backward(
     sequence_T: Tensor | None,
     normalise: bool,
     scale: float,
-    num_groups: int,
 ) -> Tensor:
     """The gradient of the logits. grad_share_SE and sequence_T: both or neither."""
-    return _implementation(logits_TE, num_groups).backward(
+    return _implementation(logits_TE, 1, expert_TK.shape[1]).backward(
         grad_weight_TK, grad_share_SE, logits_TE, expert_TK, sequence_T, normalise, scale
     )
 
 
 @_backward.register_fake
-def _(grad_weight_TK, grad_share_SE, logits_TE, expert_TK, sequence_T, normalise, scale, num_groups):
+def _(grad_weight_TK, grad_share_SE, logits_TE, expert_TK, sequence_T, normalise, scale):
     return torch.empty_like(logits_TE)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits_TE, _, _, num_groups, _, normalise, scale, _, sequence_T, _, replay_TK, _, _ = inputs
+    logits_TE, _, _, _, _, normalise, scale, _, sequence_T, _, replay_TK, _, _ = inputs
     expert_TK = output[1] if replay_TK is None else replay_TK
     ctx.save_for_backward(logits_TE, expert_TK, sequence_T)
     ctx.set_materialize_grads(False)
-    ctx.settings = (normalise, scale, num_groups)
+    ctx.settings = (normalise, scale)
 
 
 def _gradient(ctx: Any, grad_weight_TK: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -197,12 +196,12 @@ def _gradient(ctx: Any, grad_weight_TK: Tensor | None, *others: Tensor | None) -
 _forward.register_autograd(_gradient, setup_context=_keep)
 
 
-def _implementation(logits_TE: Tensor, num_groups: int) -> ModuleType:
+def _implementation(logits_TE: Tensor, num_groups: int, top_k: int) -> ModuleType:
     if logits_TE.device.type == "cpu":
         return reference
     from r1mega_kernels.grouped_topk import cuda
 
-    if cuda.is_faster_on(logits_TE.device) and cuda.takes(logits_TE.shape[1], num_groups):
+    if cuda.is_faster_on(logits_TE.device) and cuda.takes(logits_TE, num_groups, top_k):
         return cuda
     from r1mega_kernels.grouped_topk import kernel  # Triton is absent where there is no GPU
 

@@ -1,6 +1,7 @@
 """grouped_topk in CUDA C++ (csrc/grouped_topk/grouped_topk.cu), where setup.py found nvcc and it was measured to win.
 
-Never run on a GPU so far. It takes 32, 64, 128, 256 or 512 experts in 1, 2, 4, ... 32 groups; kernel.py takes the rest.
+Never run on a GPU so far. It takes 32, 64, 128, 256 or 512 experts in 1, 2, 4, ... 32 groups and up to 32 of
+them a token; kernel.py takes the rest.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def is_faster_on(device: torch.device) -> bool:
     return torch.cuda.get_device_name(device) in FASTER_ON and load()
 
 
-def takes(num_experts: int, num_groups: int) -> bool:
-    return num_experts in (32, 64, 128, 256, 512) and num_groups in (1, 2, 4, 8, 16, 32)
+def takes(logits_TE: Tensor, num_groups: int, top_k: int) -> bool:
+    powers = logits_TE.shape[1] in (32, 64, 128, 256, 512) and num_groups in (1, 2, 4, 8, 16, 32)
+    return powers and top_k <= 32 and logits_TE.data_ptr() % 16 == 0
 
 
 @cache
@@ -63,7 +65,8 @@ def forward(
         table_ER,
         count_E,
     )
-    return weight_TK, expert_TK, slot_TK, load_E, chosen_SE, (share_SE * 2.0**-40).to(logits_TE.dtype)
+    share_SE = (share_SE.double() * 2.0**-40).to(logits_TE.dtype)
+    return weight_TK, expert_TK, slot_TK, load_E, chosen_SE, share_SE
 
 
 def backward(

@@ -29,17 +29,17 @@ NONE = {"counted_T": None, "sequence_T": None, "replay_TK": None, "table_ER": No
 RESULTS = ("weights", "experts", "slots", "load", "chosen", "shares")
 
 
-def both(logits_TE: Tensor, bias_E: Tensor, case: tuple[int, ...], **optional: Any) -> tuple[list, list]:
-    """(the kernel's, the reference's) results."""
+def both(logits_TE: Tensor, bias_E: Tensor, case: tuple[int, ...], **optional: Any) -> list[list[Tensor]]:
+    """The kernel's results and the reference's."""
     arguments: dict[str, Any] = {**NONE, "num_sequences": 0, "normalise": True, "scale": 2.5, **optional}
     sizes = dict(zip(("top_k", "num_groups", "kept_groups"), case[2:]))
-    return tuple(list(m.forward(logits_TE, bias_E, **sizes, **arguments)) for m in (kernel, reference))
+    return [list(m.forward(logits_TE, bias_E, **sizes, **arguments)) for m in (kernel, reference)]
 
 
 def assert_alike(own: list, expected: list) -> None:
     for name, a, b in zip(RESULTS, own, expected):
         assert a.dtype == b.dtype, name
-        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
 
 
 def well_apart(case: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,9 @@ def test_padding_statistics_and_replicas_match_the_reference(case):
 def test_given_experts_take_the_place_of_the_choice(case):
     num_tokens, num_experts, top_k = case[:3]
     replay_TK = torch.rand(num_tokens, num_experts).argsort(dim=-1)[:, :top_k].contiguous()
-    assert_alike(*both(torch.randn(num_tokens, num_experts), torch.randn(num_experts), case, replay_TK=replay_TK))
+    assert_alike(
+        *both(torch.randn(num_tokens, num_experts), torch.randn(num_experts), case, replay_TK=replay_TK)
+    )
 
 
 @pytest.mark.parametrize("logit", [0.0, -1000.0, 1000.0])
@@ -93,7 +95,9 @@ def test_of_equal_scores_the_lowest_index_wins(case, logit):
 
 def test_ties_of_coarse_scores_are_broken_as_in_the_reference():
     case = (60, 24, 4, 6, 3)
-    logits_TE = torch.randint(-2, 3, (60, 24)).float() * 30  # scores 0, 0.5, 1 and next to them, in any arithmetic
+    logits_TE = (
+        torch.randint(-2, 3, (60, 24)).float() * 30
+    )  # scores 0, 0.5, 1 and next to them, in any arithmetic
     assert_alike(*both(logits_TE, -torch.randint(0, 2, (24,)).float(), case))
 
 
@@ -117,7 +121,12 @@ def test_gradients_match_the_reference_in_float64(case, normalise, statistics):
 
 def test_no_tokens_give_empty_results():
     case = (0, 16, 2, 4, 2)
-    own, expected = both(torch.zeros(0, 16), torch.zeros(16), case, sequence_T=torch.zeros(0).long(), num_sequences=2)
+    own, expected = both(
+        torch.zeros(0, 16), torch.zeros(16), case, sequence_T=torch.zeros(0).long(), num_sequences=2
+    )
     assert_alike(own, expected)
     empty_TK = torch.zeros(0, 2)
-    assert kernel.backward(empty_TK, None, torch.zeros(0, 16), empty_TK.long(), None, True, 1.0).shape == (0, 16)
+    assert kernel.backward(empty_TK, None, torch.zeros(0, 16), empty_TK.long(), None, True, 1.0).shape == (
+        0,
+        16,
+    )

@@ -24,8 +24,11 @@ from torch import Tensor
 
 from r1mega_kernels.aot import AheadOfTime
 
-ROWS, TILES, WARPS = 4, 8, 4
-"""Tokens of a tile, tiles of a program in the forward, warps of a program."""
+ROWS, TILES = 2, 8
+"""Forward: tokens of a tile and tiles of a program. It has one warp: with more, Triton lays a row over several, and every
+maximum goes through shared memory."""
+BACKWARD = {"ROWS": 8, "num_warps": 4}
+BACKWARD_OF_SHARES = {"ROWS": 2, "num_warps": 1}
 FIXED_POINT = 2.0**40
 TINY = tl.constexpr(1e-20)
 LEAST = tl.constexpr(-(2**31))
@@ -51,11 +54,10 @@ def forward(
     num_tokens, num_experts = logits_TE.shape
     num_rows = num_sequences if sequence_T is not None else 0
     weight_TK = logits_TE.new_empty(num_tokens, top_k)
-    index = {"dtype": torch.int64, "device": logits_TE.device}
-    expert_TK = torch.empty(num_tokens if replay_TK is None else 0, top_k, **index)
-    slot_TK = torch.empty(num_tokens if table_ER is not None else 0, top_k, **index)
-    counts = torch.zeros(1 + 2 * num_rows, num_experts, **index)  # one launch fills all three
-    load_E, chosen_SE, share_SE = counts[0], counts[1 : 1 + num_rows], counts[1 + num_rows :]
+    expert_TK = bias_E.new_empty(num_tokens if replay_TK is None else 0, top_k, dtype=torch.int64)
+    slot_TK = bias_E.new_empty(num_tokens if table_ER is not None else 0, top_k, dtype=torch.int64)
+    load_E = bias_E.new_zeros(num_experts, dtype=torch.int64)
+    chosen_SE, share_SE = bias_E.new_zeros(2, num_rows, num_experts, dtype=torch.int64)
     if num_tokens:
         with torch.cuda.device_of(logits_TE):
             forward_kernel[(triton.cdiv(num_tokens, ROWS * TILES),)](
@@ -69,9 +71,10 @@ def forward(
                 weight_TK,
                 expert_TK,
                 slot_TK,
-                counts,
+                load_E,
+                chosen_SE,
+                share_SE,
                 num_tokens,
-                num_rows,
                 scale,
                 table_ER.shape[1] if table_ER is not None else 0,
                 **columns(num_experts, num_groups),
@@ -81,11 +84,10 @@ def forward(
                 NORMALISE=normalise,
                 ROWS=ROWS,
                 TILES=TILES,
-                num_warps=WARPS,
+                num_warps=1,
             )
-    # the parts are copied: an operator's results may not share memory
     share_SE = (share_SE.double() / FIXED_POINT).to(logits_TE.dtype)
-    return weight_TK, expert_TK, slot_TK, load_E.clone(), chosen_SE.clone(), share_SE
+    return weight_TK, expert_TK, slot_TK, load_E, chosen_SE, share_SE
 
 
 def backward(
@@ -101,9 +103,10 @@ def backward(
     num_tokens, num_experts = logits_TE.shape
     top_k = expert_TK.shape[1]
     grad_logits_TE = torch.empty_like(logits_TE)
+    blocks = BACKWARD if sequence_T is None else BACKWARD_OF_SHARES
     if num_tokens:
         with torch.cuda.device_of(logits_TE):
-            backward_kernel[(triton.cdiv(num_tokens, ROWS),)](
+            backward_kernel[(triton.cdiv(num_tokens, blocks["ROWS"]),)](
                 grad_weight_TK,
                 grad_share_SE,
                 logits_TE,
@@ -117,8 +120,7 @@ def backward(
                 K=top_k,
                 K_COLUMNS=triton.next_power_of_2(top_k),
                 NORMALISE=normalise,
-                ROWS=ROWS,
-                num_warps=WARPS,
+                **blocks,
             )
     return grad_logits_TE
 
@@ -177,13 +179,13 @@ def keep_best_groups(
 
 @triton.jit
 def forward_kernel(
-    logits, bias, counted, sequence, replay, table, count, weight, expert, slot, counts,
-    T, S, scale, R,
+    logits, bias, counted, sequence, replay, table, count, weight, expert, slot, load, chosen, share,
+    T, scale, R,
     E: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, J: tl.constexpr,
     KEPT: tl.constexpr, K: tl.constexpr, K_COLUMNS: tl.constexpr, NORMALISE: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """counts int64 [1 + 2 S, E]: load, then chosen, then shares in fixed point."""
+    """share int64: multiples of 2^-40."""
     C: tl.constexpr = G * J
     c = tl.arange(0, C)
     if SIZE == J:
@@ -250,7 +252,7 @@ def forward_kernel(
             share_TC = score_TC / (tl.sum(score_TC, axis=1) + TINY)[:, None]
             key_TC = tl.where(real_C[None, :], ordered(score_TC), LEAST)
             hit_TC = tl.zeros((ROWS, C), dtype=tl.int32)
-            for i in tl.static_range(K):
+            for _ in tl.static_range(K):
                 best_T = tl.max(key_TC, axis=1)
                 place_T = tl.min(tl.where(key_TC == best_T[:, None], c[None, :], C), axis=1)
                 at_TC = c[None, :] == place_T[:, None]
@@ -268,26 +270,26 @@ def forward_kernel(
                     chosen_C += tile_chosen_C
                     share_C += tile_share_C
                 else:
-                    add_statistics(counts, current, chosen_C, share_C, expert_C, real_C, S, E)
+                    add_statistics(chosen, share, current, chosen_C, share_C, expert_C, real_C, E)
                     current = s
                     chosen_C = tile_chosen_C
                     share_C = tile_share_C
                 s = tl.min(tl.where(sequence_T > s, sequence_T, 2147483647), axis=0)
 
     load_C = tl.sum(load_TC, axis=0)
-    tl.atomic_add(counts + expert_C, load_C.to(tl.int64), mask=real_C & (load_C > 0), sem="relaxed")
+    tl.atomic_add(load + expert_C, load_C.to(tl.int64), mask=real_C & (load_C > 0), sem="relaxed")
     if sequence is not None:
-        add_statistics(counts, current, chosen_C, share_C, expert_C, real_C, S, E)
+        add_statistics(chosen, share, current, chosen_C, share_C, expert_C, real_C, E)
 
 
 @triton.jit
-def add_statistics(counts, current, chosen_C, share_C, expert_C, real_C, S, E: tl.constexpr):
+def add_statistics(chosen, share, current, chosen_C, share_C, expert_C, real_C, E: tl.constexpr):
     """Add what was summed for sequence `current`, if any, to memory: integers, in any order the same."""
-    at = counts + tl.cast(1 + current, tl.int64) * E + expert_C
+    at_C = tl.cast(current, tl.int64) * E + expert_C
     there_C = real_C & (current >= 0)
-    tl.atomic_add(at, chosen_C.to(tl.int64), mask=there_C & (chosen_C > 0), sem="relaxed")
+    tl.atomic_add(chosen + at_C, chosen_C.to(tl.int64), mask=there_C & (chosen_C > 0), sem="relaxed")
     fixed_C = (share_C * 1099511627776.0).to(tl.int64)  # 2^40: exact but for what lies below 2^-40
-    tl.atomic_add(at + tl.cast(S, tl.int64) * E, fixed_C, mask=there_C, sem="relaxed")
+    tl.atomic_add(share + at_C, fixed_C, mask=there_C, sem="relaxed")
 
 
 @triton.jit
@@ -328,47 +330,47 @@ def backward_kernel(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    """DeepSeek-V3's gate, as policies train (with and without balance loss) and with replicas; replay; odd sizes."""
-    i64, fp32 = "*i64", "*fp32"
+    """DeepSeek-V3's gate as policies train, with balance loss and replicas, and with given experts; and odd sizes."""
     specifications = []
     v3 = {**columns(256, 8), "KEPT": 4, "K": 8, "K_COLUMNS": 8}
     odd = {**columns(21, 7), "KEPT": 2, "K": 3, "K_COLUMNS": 4}
-    optional = {"counted": "*i1", "sequence": i64, "replay": i64, "table": i64, "count": i64}
+    optional = {"counted": "*i1", **dict.fromkeys(("sequence", "replay", "table", "count"), "*i64")}
     for name, sizes, given in (
         ("V3", v3, ("counted",)),
-        ("V3, statistics", v3, ("counted", "sequence")),
-        ("V3, replicas", v3, ("counted", "table", "count")),
+        ("V3, statistics, replicas", v3, ("counted", "sequence", "table", "count")),
         ("V3, replay", v3, ("counted", "replay")),
         ("odd", odd, ("counted", "sequence", "table", "count")),
     ):
-        pointers = {
-            **{"logits": fp32, "bias": fp32, "weight": fp32, "expert": i64, "slot": i64, "counts": i64},
-            **{key: optional[key] for key in given},
-        }
+        pointers = dict.fromkeys(("logits", "bias", "weight"), "*fp32")
+        pointers |= dict.fromkeys(("expert", "slot", "load", "chosen", "share"), "*i64")
+        pointers |= {key: optional[key] for key in given}
         absent = dict.fromkeys(optional.keys() - set(given))
         specifications.append(
             AheadOfTime(
                 name=f"grouped_topk.forward_kernel[{name}]",
                 kernel=forward_kernel,
-                types=pointers | {"T": "i32", "S": "i32", "scale": "fp32", "R": "i32"},
+                types=pointers | {"T": "i32", "scale": "fp32", "R": "i32"},
                 constants=sizes | absent | {"NORMALISE": True, "ROWS": ROWS, "TILES": TILES},
                 divisible_by_16=tuple(pointers),
-                num_warps=WARPS,
+                num_warps=1,
                 num_stages=3,
                 tensor_cores=False,
             )
         )
-    shape = {"E": 256, "E_COLUMNS": 256, "K": 8, "K_COLUMNS": 8, "NORMALISE": True, "ROWS": ROWS}
-    for name, given in (("V3", {}), ("V3, statistics", {"grad_share": fp32, "sequence": i64})):
-        pointers = {"grad_weight": fp32, "logits": fp32, "expert": i64, "grad_logits": fp32, **given}
+    shape = {"E": 256, "E_COLUMNS": 256, "K": 8, "K_COLUMNS": 8, "NORMALISE": True}
+    shares = {"grad_share": "*fp32", "sequence": "*i64"}
+    for name, more, blocks in (("V3", {}, BACKWARD), ("V3, statistics", shares, BACKWARD_OF_SHARES)):
+        pointers = (
+            dict.fromkeys(("grad_weight", "logits", "grad_logits"), "*fp32") | {"expert": "*i64"} | more
+        )
         specifications.append(
             AheadOfTime(
                 name=f"grouped_topk.backward_kernel[{name}]",
                 kernel=backward_kernel,
                 types=pointers | {"T": "i32", "scale": "fp32"},
-                constants=shape | dict.fromkeys({"grad_share", "sequence"} - set(given)),
+                constants=shape | {"ROWS": blocks["ROWS"]} | dict.fromkeys(shares.keys() - more.keys()),
                 divisible_by_16=tuple(pointers),
-                num_warps=WARPS,
+                num_warps=blocks["num_warps"],
                 num_stages=3,
                 tensor_cores=False,
             )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_replay_gives_the_same_weights_and_gradients_for_the_same_experts():
     case = CASES["DeepSeek-V3"]
     logits_TE, bias_E = make_inputs(case)
     logits_TE.requires_grad_()
-    options = {"num_groups": 8, "kept_groups": 4, "scale": 2.5}
+    options: dict[str, Any] = {"num_groups": 8, "kept_groups": 4, "scale": 2.5}
     first = grouped_topk(logits_TE, bias_E, 8, **options)
     replayed = grouped_topk(logits_TE, bias_E + torch.randn(256), 8, replay_TK=first.expert_TK, **options)
     assert torch.equal(replayed.expert_TK, first.expert_TK)
@@ -250,10 +251,9 @@ def test_torch_agrees_that_these_are_proper_operators():
     ):
         arguments = (logits_TE.clone().requires_grad_(), bias_E, 3, 4, 2, True, 2.5, *optional)
         torch.library.opcheck(torch.ops.r1mega.grouped_topk.default, arguments)
-    for optional in ((None, None), (torch.randn(3, 12), sequence_T)):
-        share, sequence = optional
-        arguments = (torch.randn(9, 3), share, logits_TE, replay_TK, sequence, True, 2.5, 4)
-        torch.library.opcheck(torch.ops.r1mega.grouped_topk_backward.default, arguments)
+    for share, sequence in ((None, None), (torch.randn(3, 12), sequence_T)):
+        gradients = (torch.randn(9, 3), share, logits_TE, replay_TK, sequence, True, 2.5)
+        torch.library.opcheck(torch.ops.r1mega.grouped_topk_backward.default, gradients)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_the_cuda_library_compiles_for_sm90_without_spills_and_loads_on_a_cpu(tm
 class Forward(ctypes.Structure):
     """gate.cuh's."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "logits", "bias", "counted", "sequence", "replay", "table", "count",
             "weight", "expert", "slot", "load", "chosen", "share",
@@ -345,7 +345,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     """gate.cuh's."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "grad_weight", "grad_share", "logits", "expert", "sequence", "grad_logits",
         )),
@@ -377,7 +377,9 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def of_warps(library, logits_TE, bias_E, case, counted_T, sequence_T, num_sequences, replay_TK, replicas):
+def of_warps(
+    library, logits_TE, bias_E, case, counted_T, sequence_T, num_sequences, replay_TK, replicas
+) -> list[Tensor]:
     num_tokens, num_experts, top_k, num_groups, kept = case
     rows = num_sequences if sequence_T is not None else 0
     out = [
@@ -389,9 +391,10 @@ def of_warps(library, logits_TE, bias_E, case, counted_T, sequence_T, num_sequen
         torch.zeros(rows, num_experts).long(),
     ]
     table_ER, count_E = replicas or (None, None)
+    num_replicas = 0 if table_ER is None else table_ER.shape[1]
     inputs = (logits_TE, bias_E, counted_T, sequence_T, replay_TK, table_ER, count_E)
     arguments = Forward(
-        *map(pointer, (*inputs, *out)), num_tokens, table_ER.shape[1] if replicas else 0, top_k, num_groups, kept, 2.5, True
+        *map(pointer, (*inputs, *out)), num_tokens, num_replicas, top_k, num_groups, kept, 2.5, True
     )  # fmt: skip
     library.forward(num_experts, ctypes.byref(arguments))
     out[5] = (out[5] * 2.0**-40).float()
@@ -406,11 +409,19 @@ def test_the_cuda_code_of_a_warp_matches_the_reference(case, inputs, warp):
     logits_TE = grid_E[torch.rand(num_tokens, num_experts).argsort(dim=-1)]
     bias_E = torch.randint(-3, 4, (num_experts,)) * 0.0371
     if inputs == "ties":
-        logits_TE, bias_E = torch.randint(-2, 3, (num_tokens, num_experts)).float() * 30, torch.zeros(num_experts)
+        logits_TE, bias_E = (
+            torch.randint(-2, 3, (num_tokens, num_experts)).float() * 30,
+            torch.zeros(num_experts),
+        )
     sequence_T = torch.randint(0, 4, (num_tokens,)).sort().values
     replay_TK = torch.rand(num_tokens, num_experts).argsort(dim=-1)[:, :top_k].contiguous()
     replicas = Replicas(torch.randint(0, 99, (num_experts, 3)), torch.randint(1, 4, (num_experts,)))
-    options = [torch.rand(num_tokens) < 0.7, sequence_T, 5, replay_TK if inputs == "replay" else None]
+    options: list[Any] = [
+        torch.rand(num_tokens) < 0.7,
+        sequence_T,
+        5,
+        replay_TK if inputs == "replay" else None,
+    ]
     for counted_T, sequence, num_sequences, replay, physical in (
         (*options, replicas), (None, None, 0, options[3], None)
     ):  # fmt: skip
@@ -441,3 +452,34 @@ def test_the_cuda_gradient_of_a_warp_matches_float64(case, normalise, warp):
             normalise, 2.5,
         )  # fmt: skip
         torch.testing.assert_close(own_TE.double(), exact_TE, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", ["kernel", "cuda"])
+def test_on_a_gpu_results_and_gradients_match_the_reference(implementation):
+    from r1mega_kernels.grouped_topk import kernel
+
+    if implementation == "cuda" and not cuda.load():
+        pytest.skip("the CUDA library was not built: nvcc was not found")
+    module: Any = {"kernel": kernel, "cuda": cuda}[implementation]
+    grid_E = torch.linspace(0.05, 0.95, 256).pow(1.1).logit()
+    logits_TE = grid_E[torch.rand(5003, 256).argsort(dim=-1)]
+    bias_E = torch.randint(-3, 4, (256,)) * 0.0371
+    sequence_T = torch.randint(0, 9, (5003,)).sort().values
+    replicas = Replicas(torch.randint(0, 99, (256, 3)), torch.randint(1, 4, (256,)))
+    options: Any = (8, 8, 4, True, 2.5, torch.rand(5003) < 0.7, sequence_T, 10, None, *replicas)
+    there = [option.cuda() if isinstance(option, Tensor) else option for option in options]
+    runs = [module.forward(logits_TE.cuda(), bias_E.cuda(), *there) for _ in range(2)]
+    expected = reference.forward(logits_TE, bias_E, *options)
+    for first, again, exact in zip(*runs, expected):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first.cpu(), exact, rtol=4e-6, atol=2e-6)
+    grad_TK, grad_SE = torch.randn(5003, 8), torch.randn(10, 256)
+    for share, sequence in ((grad_SE, sequence_T), (None, None)):
+        tensors: Any = (grad_TK, share, logits_TE, expected[1], sequence)
+        own_TE = module.backward(*(t if t is None else t.cuda() for t in tensors), True, 2.5)
+        in_float64: Any = (t.double() if t is not None and t.is_floating_point() else t for t in tensors)
+        torch.testing.assert_close(
+            own_TE.cpu().double(), reference.backward(*in_float64, True, 2.5), rtol=1e-5, atol=4e-6
+        )
