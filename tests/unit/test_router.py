@@ -54,7 +54,7 @@ def curve(normalise: bool, routing=None) -> tuple[list[float], dict[str, torch.T
         model.zero_grad()
         loss = -(batch.token_weights_T * model(batch).logprobs_T).sum()
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         with torch.no_grad():
             for weight in model.parameters():
                 weight -= 0.05 * weight.grad

@@ -479,7 +479,8 @@ def test_on_a_gpu_results_and_gradients_match_the_reference(implementation):
     for share, sequence in ((grad_SE, sequence_T), (None, None)):
         tensors: Any = (grad_TK, share, logits_TE, expected[1], sequence)
         own_TE = module.backward(*(t if t is None else t.cuda() for t in tensors), True, 2.5)
-        in_float64: Any = (t.double() if t is not None and t.is_floating_point() else t for t in tensors)
-        torch.testing.assert_close(
-            own_TE.cpu().double(), reference.backward(*in_float64, True, 2.5), rtol=1e-5, atol=4e-6
-        )
+        exact_TE = reference.backward(
+            grad_TK.double(), None if share is None else share.double(), logits_TE.double(), expected[1], sequence,
+            True, 2.5,
+        )  # fmt: skip
+        torch.testing.assert_close(own_TE.cpu().double(), exact_TE, rtol=1e-5, atol=4e-6)
