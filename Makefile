@@ -36,7 +36,7 @@ endif
 	@touch $@
 
 # setup.py compiles csrc/; the stamp keeps `make` from asking setuptools every time.
-$(EXTENSION): $(STAMP) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(EXTENSION): $(STAMP) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	@echo "[setup] building the C++ extension"
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@

@@ -3,15 +3,19 @@
 `kernels/` is a source root, not a package: it must never get an `__init__.py`, because it would
 shadow the `kernels` distribution that transformers and vLLM import.
 
-CUDA sources (csrc/**/*.cu) are built into a second extension, `r1mega_kernels._C_cuda`, where nvcc and
-a CUDA build of torch are both present, and left out silently elsewhere: on a CPU they could not run.
+CUDA sources (csrc/**/*.cu) become a library of torch operators, `r1mega_kernels/_C_cuda.so`, where nvcc is (with any
+build of torch: r1mega_kernels/nvcc.py), and are left out silently elsewhere. Where nvcc fails there is a warning.
 """
 
+import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 
@@ -31,38 +35,32 @@ def cpu_extension() -> Pybind11Extension:
     )
 
 
-def cuda_extensions() -> list:
-    if not sources("*.cu") or shutil.which("nvcc") is None:
+CUDA = "r1mega_kernels._C_cuda"
+
+
+def cuda_extensions() -> list[Extension]:
+    if shutil.which("nvcc") is None or importlib.util.find_spec("torch") is None:
         return []
-    try:
-        import torch
-        from torch.utils.cpp_extension import CUDAExtension
-    except ImportError:
-        return []
-    if torch.version.cuda is None:
-        return []
-    return [
-        CUDAExtension(
-            "r1mega_kernels._C_cuda",
-            sources("*.cu"),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={
-                "cxx": ["-O3", "-std=c++17"],
-                "nvcc": ["-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a"],
-            },
-        )
-    ]
+    return [Extension(CUDA, sources("*.cu"), depends=sources("*.cuh"), optional=True)]
 
 
-def build_command(cuda: list) -> type:
-    if not cuda:
-        return build_ext
-    from torch.utils.cpp_extension import BuildExtension
+class BuildWithNvcc(build_ext):
+    def get_ext_filename(self, name: str) -> str:
+        """No tag of a Python version: it is no Python module."""
+        own = {CUDA, CUDA.rpartition(".")[2]}
+        return name.replace(".", "/") + ".so" if name in own else super().get_ext_filename(name)
 
-    return BuildExtension
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name != CUDA:
+            super().build_extension(extension)
+            return
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        program = str(ROOT / "kernels" / "r1mega_kernels" / "nvcc.py")
+        result = subprocess.run([sys.executable, "-P", program, str(library)], stdout=subprocess.DEVNULL)
+        if result.returncode:
+            raise CompileError("nvcc failed: the CUDA C++ kernels are left out, the Triton ones serve")
 
-
-CUDA = cuda_extensions()
 
 setup(
     name="r1mega",
@@ -73,8 +71,8 @@ setup(
     + find_packages(where="kernels", include=["r1mega_kernels", "r1mega_kernels.*"]),
     package_dir={"r1mega": "r1mega", "r1mega_kernels": "kernels/r1mega_kernels"},
     package_data={"r1mega": ["report_page/*", "parallel/searched/*.json"]},
-    ext_modules=[cpu_extension(), *CUDA],
-    cmdclass={"build_ext": build_command(CUDA)},
+    ext_modules=[cpu_extension(), *cuda_extensions()],
+    cmdclass={"build_ext": BuildWithNvcc},
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},
     zip_safe=False,
 )

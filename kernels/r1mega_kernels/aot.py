@@ -97,12 +97,14 @@ def compile_for_sm90(specification: AheadOfTime) -> Compiled:
 
 
 def all_kernels() -> list[AheadOfTime]:
+    from r1mega_kernels.grouped_topk import kernel as grouped_topk
     from r1mega_kernels.grpo_loss import kernel as grpo_loss
     from r1mega_kernels.linear_logprob import kernel as linear_logprob
 
     return [
         *linear_logprob.ahead_of_time(),
         *grpo_loss.ahead_of_time(),
+        *grouped_topk.ahead_of_time(),
     ]
 
 

@@ -9,6 +9,7 @@ packing          a million sequences into chunks (r1mega_kernels/packing)
 linear_logprob   the fused head (r1mega_kernels/linear_logprob)
 grpo_loss        the head with the loss and its gradients (r1mega_kernels/grpo_loss)
 eplb             replicas of hot experts, placed on GPUs (r1mega_kernels/eplb)
+grouped_topk     the gate (r1mega_kernels/grouped_topk)
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ KERNEL_BENCHES = {
     "linear_logprob": "r1mega_kernels.linear_logprob.bench_linear_logprob",
     "grpo_loss": "r1mega_kernels.grpo_loss.bench_grpo_loss",
     "eplb": "r1mega_kernels.eplb.bench_eplb",
+    "grouped_topk": "r1mega_kernels.grouped_topk.bench_grouped_topk",
 }
 """Programs with an option --json FILE."""
 RESPONSES = ("varying", "uniform", "both")

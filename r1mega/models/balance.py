@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from r1mega.models.attention import PackedSequences
+from r1mega_kernels.grouped_topk import Routing
 
 
 def tell_routers(model: torch.nn.Module) -> None:
@@ -48,31 +49,37 @@ def of_this_rank(values_T: Tensor, packed: PackedSequences, router: Any) -> Tens
     return mine.chunk(router.tp_group.size())[router.tp_group.rank()]
 
 
-def without_padding(chosen_TE: Tensor, packed: PackedSequences, router: Any) -> Tensor:
-    """The experts chosen by tokens that are no padding: how much there is depends on the layout, the load may not."""
+def real_tokens(packed: PackedSequences, router: Any) -> Tensor | None:
+    """bool [T]: which tokens are no padding; None: all. How much there is depends on the layout, the load may not."""
     assert packed.batch is not None
-    tokens = len(packed.batch.tokens_T)
-    real_T = torch.arange(tokens, device=chosen_TE.device) < tokens - packed.batch.num_padding
-    return chosen_TE & of_this_rank(real_T, packed, router)[:, None]
+    if not packed.batch.num_padding:
+        return None
+    tokens = packed.batch.tokens_T
+    real_T = torch.arange(len(tokens), device=tokens.device) < len(tokens) - packed.batch.num_padding
+    return of_this_rank(real_T, packed, router)
 
 
-def with_balance_loss(weight_TE: Tensor, score_TE: Tensor, packed: PackedSequences, router: Any) -> Tensor:
+def sequences(packed: PackedSequences, router: Any) -> dict[str, Any]:
+    """What asks grouped_topk for the statistics of the balance loss."""
+    assert packed.batch is not None
+    sequence_T = of_this_rank(packed.batch.sequence_of_T, packed, router)
+    return {"sequence_T": sequence_T, "num_sequences": packed.batch.num_sequences}
+
+
+def with_balance_loss(weight_TE: Tensor, routing: Routing, packed: PackedSequences, router: Any) -> Tensor:
     """weight_TE unchanged; its backward adds the gradient of the balance loss to that of the scores.
 
-    score_TE: the router's sigmoids. router: Megatron's, for its process groups and settings.
+    router: Megatron's, for its process groups and settings.
     """
     batch, top_k, alpha = packed.batch, router.topk, router.config.balance_loss
     assert batch is not None
-    sequence_T = of_this_rank(batch.sequence_of_T, packed, router)
-    experts = score_TE.shape[1]
-    share_TE = score_TE / (score_TE.sum(dim=-1, keepdim=True) + 1e-20)
     with torch.no_grad():
-        chosen_TE = torch.zeros_like(score_TE).scatter(1, share_TE.topk(top_k, dim=-1).indices, 1.0)
-        count_SE = score_TE.new_zeros(batch.num_sequences, experts).index_add(0, sequence_T, chosen_TE)
+        count_SE = routing.chosen_SE.to(routing.share_SE)
         if router.tp_cp_group.size() > 1:
             dist.all_reduce(count_SE, group=router.tp_cp_group)
         length_S = (batch.cu_seqlens_S[1:] - batch.cu_seqlens_S[:-1]).to(count_SE).clamp(min=1)
         weight_S = count_SE.new_zeros(batch.num_sequences)
         weight_S.index_add_(0, batch.sequence_of_T, batch.token_weights_T.to(count_SE))
+        experts = count_SE.shape[1]
         factor_SE = (alpha * experts / top_k) * count_SE * (weight_S / length_S.square())[:, None]
-    return MoEAuxLossAutoScaler.apply(weight_TE, (factor_SE[sequence_T] * share_TE).sum())
+    return MoEAuxLossAutoScaler.apply(weight_TE, (factor_SE * routing.share_SE).sum())

@@ -1,9 +1,7 @@
 """Routed experts as two stacked weights and grouped matrix products, and the gate that routes to them.
 
-The gate is V3's (eq. 12-16): sigmoid scores; groups chosen by the sum of their two largest biased scores;
-experts chosen among those groups by biased score; weights are the unbiased scores. Megatron sums the
-largest top-k / group-k scores of a group, which is V3's rule only where that quotient is two, and always
-normalises the weights.
+The gate is V3's (eq. 12-16; r1mega_kernels/grouped_topk). Megatron sums the largest top-k / group-k scores of a
+group, which is V3's rule only where that quotient is two, and always normalises the weights.
 
 Dims: T tokens (of this process), E experts (here), N token-expert pairs, D hidden, I expert hidden.
 """
@@ -22,9 +20,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from r1mega.models.attention import PackedSequences
-from r1mega.models.balance import with_balance_loss, without_padding
+from r1mega.models.balance import real_tokens, sequences, with_balance_loss
 from r1mega.parallel.weight_gradients import collector_of
 from r1mega.platforms import parameter_device
+from r1mega_kernels.grouped_topk import grouped_topk
 
 
 class GroupedExperts(MegatronModule):
@@ -179,33 +178,23 @@ class GroupLimitedRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T, 1, experts] -> (weights [T, experts], zero where not chosen; chosen, bool [T, experts])."""
-        config = self.config
-        score_TE = logits.view(-1, config.num_moe_experts).float().sigmoid()
-        with torch.no_grad():
-            biased_TE = score_TE + self.expert_bias
-            if config.moe_router_num_groups:
-                biased_TE = _keep_best_groups(
-                    biased_TE, config.moe_router_num_groups, config.moe_router_group_topk
-                )
-            chosen_TK = biased_TE.topk(self.topk, dim=-1, sorted=False).indices
-        weight_TK = score_TE.gather(1, chosen_TK)
-        if config.norm_topk_prob:
-            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        if config.moe_router_topk_scaling_factor:
-            weight_TK = weight_TK * config.moe_router_topk_scaling_factor
-        weight_TE = torch.zeros_like(score_TE).scatter(1, chosen_TK, weight_TK)
-        chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-        if config.balance_loss and self.packed is not None and self.training and torch.is_grad_enabled():
-            weight_TE = with_balance_loss(weight_TE, score_TE, self.packed, self)
-        counted_TE = chosen_TE if self.packed is None else without_padding(chosen_TE, self.packed, self)
-        self._apply_expert_bias(counted_TE)  # counts the load, for the bias update
+        config, packed = self.config, self.packed
+        balanced = packed if config.balance_loss and self.training and torch.is_grad_enabled() else None
+        logits_TE = logits.view(-1, config.num_moe_experts).float()
+        routing = grouped_topk(
+            logits_TE,
+            self.expert_bias,
+            self.topk,
+            num_groups=config.moe_router_num_groups or 1,
+            kept_groups=config.moe_router_group_topk or 1,
+            normalise=config.norm_topk_prob,
+            scale=config.moe_router_topk_scaling_factor or 1.0,
+            counted_T=None if packed is None else real_tokens(packed, self),
+            **({} if balanced is None else sequences(balanced, self)),
+        )
+        weight_TE = torch.zeros_like(logits_TE).scatter(1, routing.expert_TK, routing.weight_TK)
+        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, routing.expert_TK, True)
+        if balanced is not None:
+            weight_TE = with_balance_loss(weight_TE, routing, balanced, self)
+        self._apply_expert_bias(routing.load_E[None])  # counts the load, for the bias update
         return weight_TE, chosen_TE
-
-
-def _keep_best_groups(biased_TE: Tensor, num_groups: int, kept: int) -> Tensor:
-    """-inf outside the `kept` groups of largest sum of their two largest scores."""
-    grouped_TGE = biased_TE.unflatten(1, (num_groups, -1))
-    group_score_TG = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(dim=-1)
-    kept_TK = group_score_TG.topk(kept, dim=-1, sorted=False).indices
-    dropped_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter(1, kept_TK, False)
-    return grouped_TGE.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)

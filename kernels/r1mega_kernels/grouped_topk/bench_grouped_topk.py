@@ -1,0 +1,250 @@
+"""grouped_topk beside plain torch, Megatron's gate and its floor, the memory that must move.
+
+    python -m r1mega_kernels.grouped_topk.bench_grouped_topk [--device cpu|cuda] [--json FILE]
+
+Correctness first: choices, weights and gradients are compared with the float64 reference before anything is timed. Providers
+take turns on fresh random data; numbers are medians. The floor: the forward reads the logits and writes K weights and
+experts a token, the backward writes the logits' gradient and reads what was chosen; bytes over the speed of a copy of the
+same tensor in the same run. On CPU the unit is CPU time. A loss is reported like a win: what is above 1 against a peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1mega_kernels.grouped_topk import cuda, grouped_topk
+
+SHAPES = {
+    "cpu": [(8192, 8, 2, 4, 2), (2048, 256, 8, 8, 4)],
+    "cuda": [(4096, 256, 8, 8, 4), (32768, 256, 8, 8, 4)],
+}
+"""T, E, K, groups, kept groups: the tiny models' gate and DeepSeek-V3's."""
+CHECKED_TOKENS = 512
+Gate = Callable[[Tensor, Tensor], Tensor]
+"""Logits [T, E] and bias [E] -> weights, [T, K] or dense."""
+
+
+def own(logits_TE: Tensor, bias_E: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    return grouped_topk(
+        logits_TE, bias_E, shape[2], num_groups=shape[3], kept_groups=shape[4], scale=2.5
+    ).weight_TK
+
+
+def of_module(logits_TE: Tensor, bias_E: Tensor, *, module: ModuleType, shape: tuple[int, ...]) -> Tensor:
+    return _OfModule.apply(logits_TE, bias_E, module, shape[2:])
+
+
+class _OfModule(torch.autograd.Function):
+    """One implementation, without the choice between them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, bias_E: Tensor, module: ModuleType, sizes: tuple) -> Tensor:
+        none = (None, None, 0, None, None, None)
+        weight_TK, expert_TK, *_ = module.forward(logits_TE, bias_E, *sizes, True, 2.5, *none)
+        ctx.save_for_backward(logits_TE, expert_TK)
+        ctx.module = module
+        return weight_TK
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_TE, expert_TK = ctx.saved_tensors
+        gradient_TE = ctx.module.backward(grad_TK.contiguous(), None, logits_TE, expert_TK, None, True, 2.5)
+        return gradient_TE, None, None, None
+
+
+def plain(logits_TE: Tensor, bias_E: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    """What one writes in torch: topk for groups and experts, dense weights."""
+    _, _, top_k, num_groups, kept = shape
+    score_TE = logits_TE.sigmoid()
+    with torch.no_grad():
+        biased_TGE = (score_TE + bias_E).unflatten(1, (num_groups, -1))
+        group_TG = biased_TGE.topk(min(2, biased_TGE.shape[-1]), dim=-1).values.sum(dim=-1)
+        kept_TK = group_TG.topk(kept, dim=-1, sorted=False).indices
+        dropped_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(1, kept_TK, False)
+        biased_TE = biased_TGE.masked_fill(dropped_TG[..., None], float("-inf")).flatten(1)
+        chosen_TK = biased_TE.topk(top_k, dim=-1, sorted=False).indices
+    weight_TK = score_TE.gather(1, chosen_TK)
+    weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20) * 2.5
+    return torch.zeros_like(score_TE).scatter(1, chosen_TK, weight_TK)
+
+
+def megatron(logits_TE: Tensor, bias_E: Tensor, *, shape: tuple[int, ...], fused: bool) -> Tensor:
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    return topk_routing_with_score_function(
+        logits_TE,
+        shape[2],
+        num_groups=shape[3],
+        group_topk=shape[4],
+        scaling_factor=2.5,
+        score_function="sigmoid",
+        expert_bias=bias_E,
+        fused=fused,
+    )[0]
+
+
+def providers(shape: tuple[int, ...], device: str) -> dict[str, Gate]:
+    found: dict[str, Gate] = {"own": partial(own, shape=shape), "plain": partial(plain, shape=shape)}
+    if importlib.util.find_spec("megatron"):
+        found[f"megatron {version('megatron-core')}"] = partial(megatron, shape=shape, fused=False)
+    if device == "cuda":
+        from r1mega_kernels.grouped_topk import kernel
+
+        found["triton"] = partial(of_module, module=kernel, shape=shape)
+        if cuda.load():
+            found["cuda"] = partial(of_module, module=cuda, shape=shape)
+        found["compiled"] = torch.compile(partial(plain, shape=shape))
+        if importlib.util.find_spec("transformer_engine"):
+            name = f"transformer engine {version('transformer-engine')}"
+            found[name] = partial(megatron, shape=shape, fused=True)
+    return found
+
+
+def make_inputs(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+    logits_TE = torch.randn(shape[:2], device=device) * 2
+    return logits_TE.requires_grad_(), torch.randn(shape[1], device=device) * 0.01
+
+
+def check(shape: tuple[int, ...], device: str) -> float:
+    """Largest error of weights and gradients against float64 where the choice is the same; raises where it is wrong."""
+    shape = (CHECKED_TOKENS, *shape[1:])
+    logits_TE, bias_E = make_inputs(shape, device)
+    sizes = {"top_k": shape[2], "num_groups": shape[3], "kept_groups": shape[4], "scale": 2.5}
+    routing = grouped_topk(logits_TE, bias_E, **sizes)  # type: ignore[arg-type]
+    exact_TE = logits_TE.detach().cpu().double().requires_grad_()
+    exact = grouped_topk(exact_TE, bias_E.cpu(), **sizes)  # type: ignore[arg-type]
+    same_T = (routing.expert_TK.cpu() == exact.expert_TK).all(dim=-1)
+    assert same_T.double().mean() > 0.98, f"{int((~same_T).sum())} of {len(same_T)} tokens chose otherwise"
+    grad_TK = torch.randn(shape[0], shape[2], dtype=torch.float64)
+    (exact_TE_grad,) = torch.autograd.grad((exact.weight_TK * grad_TK).sum(), exact_TE)
+    (grad_TE,) = torch.autograd.grad((routing.weight_TK * grad_TK.to(routing.weight_TK)).sum(), logits_TE)
+    pairs = ((routing.weight_TK, exact.weight_TK), (grad_TE, exact_TE_grad))
+    error = max(float((a.detach().cpu().double() - b)[same_T].abs().max()) for a, b in pairs)
+    assert error < 1e-5, f"error {error}"
+    return error
+
+
+def run(device: str, repeats: int = 15) -> list[dict]:
+    """Prints the table and returns its rows."""
+    print(f"grouped_topk on {device}, float32, {torch.get_num_threads()} threads; microseconds")
+    print(
+        f"{'T':>7}{'E':>5}{'K':>4}{'pass':>10}{'provider':>24}{'time':>10}{'of floor':>10}{'own/it':>8}{'MiB':>8}"
+    )
+    rows = []
+    for shape in SHAPES[device]:
+        error = check(shape, device)
+        gates = providers(shape, device)
+        times: dict[tuple[str, str], list[float]] = {}
+        peaks: dict[str, float] = {}
+        copies = []
+        for repeat in range(repeats + 2):  # the first two turns warm up
+            logits_TE, bias_E = make_inputs(shape, device)
+            copy_TE = torch.empty_like(logits_TE)
+            copies.append(_timed(partial(copy_TE.copy_, logits_TE.detach()), device)[0])
+            for name, gate in gates.items():
+                before = torch.cuda.memory_allocated() if device == "cuda" else 0
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                forward, weight = _timed(partial(gate, logits_TE, bias_E), device)
+                grad = torch.randn_like(weight)
+                backward, _ = _timed(partial(torch.autograd.grad, weight, logits_TE, grad), device)
+                if device == "cuda":
+                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                if repeat >= 2:
+                    times.setdefault((name, "forward"), []).append(forward)
+                    times.setdefault((name, "backward"), []).append(backward)
+        tokens, experts, top_k = shape[:3]
+        per_byte = statistics.median(copies[2:]) / (8 * tokens * experts)
+        floors = {
+            "forward": per_byte * tokens * (4 * experts + 12 * top_k),
+            "backward": per_byte * tokens * (4 * experts + 16 * top_k),
+        }
+        for part in ("forward", "backward"):
+            for name in gates:
+                median = statistics.median(times[name, part])
+                row = {
+                    "tokens": tokens,
+                    "experts": experts,
+                    "top_k": top_k,
+                    "pass": part,
+                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+                    "provider": name,
+                    "microseconds": median,
+                    "floor_microseconds": floors[part],
+                    "share_of_floor": floors[part] / median,
+                    "own_over_this": statistics.median(times["own", part]) / median,
+                    "peak_mebibytes": peaks.get(name),
+                    "largest_error": error,
+                }
+                rows.append(row)
+                peak = f"{peaks[name]:8.0f}" if name in peaks else f"{'-':>8}"
+                print(
+                    f"{tokens:7}{experts:5}{top_k:4}{part:>10}{name:>24}{median:10.1f}{row['share_of_floor']:10.2f}"
+                    f"{row['own_over_this']:8.2f}{peak}"
+                )
+        print(f"largest error against float64: {error:.1e}")
+    if device == "cuda":
+        print(_advice(rows))
+    return rows
+
+
+def _advice(rows: list[dict]) -> str:
+    """Whether the CUDA C++ kernels should serve this device: by the sum over all shapes and passes."""
+    total = {
+        name: sum(row["microseconds"] for row in rows if row["provider"] == name)
+        for name in ("triton", "cuda")
+    }
+    if not total["cuda"]:
+        return "the CUDA C++ kernels were not built"
+    better = "belongs in" if total["cuda"] < total["triton"] else "does not belong in"
+    return f"{torch.cuda.get_device_name()!r} {better} cuda.FASTER_ON: {total} microseconds"
+
+
+def _timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """(microseconds, result): CPU time, or the GPU's time between two events."""
+    if device == "cpu":
+        start = time.process_time()
+        result = work()
+        return 1e6 * (time.process_time() - start), result
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(
+        2_000_000
+    )  # the launches queue up behind it: what follows is the GPU's time, not Python's
+    begin.record()
+    result = work()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * begin.elapsed_time(end), result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    args = parser.parse_args()
+    rows = run(args.device, args.repeats)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
