@@ -247,7 +247,7 @@ def run(device: str, repeats: int = 9) -> list[dict[str, Any]]:
                     "alive": alive,
                     "device": device,
                     "provider": name,
-                    **numbers,
+                    **{key: None if math.isnan(value) else value for key, value in numbers.items()},
                     "share_of_floor": floor / numbers["milliseconds"],
                     "own_is_faster_by": numbers["milliseconds"] / ours,
                     "largest_logprob_error": error,

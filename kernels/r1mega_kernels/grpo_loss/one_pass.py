@@ -24,8 +24,8 @@ WORKSPACE_BYTES = 2**30
 """Of a GPU's memory: logits, window and what goes with them, a quarter for the chunk."""
 TILE_ROWS = 128
 """A chunk and a window are multiples of it where they are larger: whole tiles of a matrix product."""
-CPU_CHUNK_LOGITS = 2**22
-"""16 MiB of logits: what a chunk costs beside its products no longer counts (logit_rows.py goes through it in pieces) ..."""
+CPU_CHUNK_LOGITS = 2**19
+"""2 MiB of logits (logit_rows.py goes through them in pieces) ..."""
 CPU_CHUNK_ROWS = 256
 """... and more where so few rows would share one pass over a large vocabulary that the product becomes slow."""
 
