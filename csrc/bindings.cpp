@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fp8_block/fp8_block.h"
 #include "packing/best_fit.h"
 
 namespace py = pybind11;
@@ -29,6 +30,36 @@ py::tuple pack_best_fit(const py::array& lengths, int64_t capacity, int64_t num_
   return py::make_tuple(std::move(bin_of_sequence), packing.num_bins);
 }
 
+template <typename T>
+using Matrix = py::array_t<T, py::array::c_style>;
+
+void check_blocks(const py::array& matrix, const py::array& scales, const py::array& result, int64_t block_rows) {
+  const int64_t block = r1mega::fp8_block::kBlock;
+  const bool fits = matrix.ndim() == 2 && scales.ndim() == 2 && result.ndim() == 2 && block_rows > 0 &&
+                    result.shape(0) == matrix.shape(0) && result.shape(1) == matrix.shape(1) &&
+                    scales.shape(0) == (matrix.shape(0) + block_rows - 1) / block_rows &&
+                    scales.shape(1) == (matrix.shape(1) + block - 1) / block;
+  if (!fits) throw std::invalid_argument("shapes of matrix, scales and result do not fit");
+}
+
+template <typename Out, void (*Convert)(const uint8_t*, const float*, Out*, r1mega::fp8_block::Shape)>
+void fp8_dequantize(const Matrix<uint8_t>& values, const Matrix<float>& scales, Matrix<Out>& out,
+                    int64_t block_rows) {
+  check_blocks(values, scales, out, block_rows);
+  Out* to = out.mutable_data();
+  py::gil_scoped_release release;
+  Convert(values.data(), scales.data(), to, {values.shape(0), values.shape(1), block_rows});
+}
+
+template <typename In, bool (*Convert)(const In*, uint8_t*, float*, r1mega::fp8_block::Shape)>
+bool fp8_quantize(const Matrix<In>& in, Matrix<uint8_t>& values, Matrix<float>& scales, int64_t block_rows) {
+  check_blocks(in, scales, values, block_rows);
+  uint8_t* to = values.mutable_data();
+  float* scales_to = scales.mutable_data();
+  py::gil_scoped_release release;
+  return Convert(in.data(), to, scales_to, {in.shape(0), in.shape(1), block_rows});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -39,4 +70,16 @@ PYBIND11_MODULE(_C, module) {
 lengths: int64 [n], each in [1, capacity]. Returns (bin_of_sequence: int32 [n], num_bins), where
 num_bins is a multiple of num_ranks (at least num_ranks); a bin is empty only where there are fewer
 sequences than bins. Raises ValueError for a sequence that fits nowhere. Releases the GIL.)");
+
+  namespace fp8 = r1mega::fp8_block;
+  const auto block_rows = py::arg("block_rows");
+  const auto in = py::arg("matrix").noconvert(), values = py::arg("values").noconvert();
+  const auto scales = py::arg("scales").noconvert(), out = py::arg("out").noconvert();
+  // bfloat16 travels as uint16, fp8 as uint8: numpy has neither. Outputs are written in place.
+  module.def("fp8_dequantize", &fp8_dequantize<float, fp8::dequantize_to_float>, values, scales, out, block_rows);
+  module.def("fp8_dequantize", &fp8_dequantize<uint16_t, fp8::dequantize_to_bfloat16>, values, scales, out,
+             block_rows);
+  module.def("fp8_quantize", &fp8_quantize<float, fp8::quantize_float>, in, values, scales, block_rows,
+             "False where an input is NaN or infinite.");
+  module.def("fp8_quantize", &fp8_quantize<uint16_t, fp8::quantize_bfloat16>, in, values, scales, block_rows);
 }

@@ -84,9 +84,11 @@ def compile_for_sm90(specification: AheadOfTime) -> Compiled:
 
 
 def all_kernels() -> list[AheadOfTime]:
+    from r1mega_kernels.fp8_block import kernel as fp8_block
     from r1mega_kernels.linear_logprob import kernel as linear_logprob
+    from r1mega_kernels.moe_permute import kernel as moe_permute
 
-    return linear_logprob.ahead_of_time()
+    return linear_logprob.ahead_of_time() + fp8_block.ahead_of_time() + moe_permute.ahead_of_time()
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
