@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -29,7 +30,7 @@ class AllToAll(MoEAlltoAllTokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """(rows_ND, probs_N) for the all-to-all, sorted by expert. routing_map bool and probs: [T, E]."""
         self.hidden_shape, self.routing_map, self.probs = hidden_states.shape, routing_map, probs
-        tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         counts_E = self.preprocess(routing_map)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts_E)
         indices_TK = indices_of(routing_map, self.config.moe_router_topk)
@@ -70,13 +71,10 @@ def replace_dispatchers(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             given = layer.token_dispatcher
-            layer.token_dispatcher = DISPATCHERS[layer.config.moe_token_dispatcher_type](
-                layer.num_local_experts, layer.local_expert_indices, layer.config, _Groups(given)
+            groups = ProcessGroupCollection(
+                ep=given.ep_group, expt_tp=given.tp_group, tp_ep=given.tp_ep_group
             )
-
-
-class _Groups:
-    """The process groups of a dispatcher, under the names that a dispatcher asks for."""
-
-    def __init__(self, dispatcher: Any) -> None:
-        self.ep, self.expt_tp, self.tp_ep = dispatcher.ep_group, dispatcher.tp_group, dispatcher.tp_ep_group
+            own = DISPATCHERS[layer.config.moe_token_dispatcher_type]
+            layer.token_dispatcher = own(
+                layer.num_local_experts, layer.local_expert_indices, layer.config, groups
+            )

@@ -32,7 +32,7 @@ def slots(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row of each pair, pair of each row, tokens per expert)."""
     expert_P = indices_TK.flatten()
-    count_E = (expert_P + 1).bincount(minlength=num_experts + 1)[1:]
+    count_E = (expert_P + 1).bincount(minlength=num_experts + 1)[1:].clone()
     size_E = padded(count_E, multiple)
     if int(size_E.sum()) > num_rows:
         raise ValueError(f"the experts need {int(size_E.sum())} rows, num_rows is {num_rows}")
