@@ -7,6 +7,7 @@
 #include <string>
 
 #include "fp8_block/fp8_block.h"
+#include "moe_permute/moe_permute.h"
 #include "packing/best_fit.h"
 
 namespace py = pybind11;
@@ -60,6 +61,41 @@ bool fp8_quantize(const Matrix<In>& in, Matrix<uint8_t>& values, Matrix<float>& 
   return Convert(in.data(), to, scales_to, {in.shape(0), in.shape(1), block_rows});
 }
 
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename Index>
+int64_t moe_slots(const Array<Index>& indices, int64_t multiple, Array<int32_t>& row_of_pair,
+                  Array<int32_t>& pair_of_row, Array<int64_t>& counts) {
+  if (row_of_pair.size() != indices.size()) throw std::invalid_argument("row_of_pair and indices differ in size");
+  for (py::ssize_t pair = 0; pair < indices.size(); ++pair) {
+    const Index expert = indices.data()[pair];
+    if (expert < -1 || expert >= counts.size()) throw std::invalid_argument("an expert is out of range");
+  }
+  return r1mega::moe_permute::slots(indices.data(), indices.size(), counts.size(), multiple, pair_of_row.size(),
+                                    row_of_pair.mutable_data(), pair_of_row.mutable_data(), counts.mutable_data());
+}
+
+// Callers have checked the places: they come from moe_slots.
+void moe_permute(const Matrix<uint8_t>& tokens, const Array<int32_t>& pair_of_row, int64_t per_token,
+                 Matrix<uint8_t>& rows) {
+  if (rows.shape(1) != tokens.shape(1) || rows.shape(0) != pair_of_row.size() || per_token < 1) {
+    throw std::invalid_argument("shapes of tokens, pair_of_row and rows do not fit");
+  }
+  r1mega::moe_permute::permute(tokens.data(), pair_of_row.data(), rows.shape(0), per_token, rows.shape(1),
+                               rows.mutable_data());
+}
+
+void moe_unpermute(const Matrix<float>& rows, const Matrix<int32_t>& row_of_pair, const py::object& weights,
+                   Matrix<float>& tokens) {
+  const float* weight = weights.is_none() ? nullptr : weights.cast<Matrix<float>>().data();
+  if (rows.shape(1) != tokens.shape(1) || row_of_pair.shape(0) != tokens.shape(0)) {
+    throw std::invalid_argument("shapes of rows, row_of_pair and tokens do not fit");
+  }
+  r1mega::moe_permute::unpermute(rows.data(), row_of_pair.data(), weight, tokens.shape(0), row_of_pair.shape(1),
+                                 rows.shape(1), tokens.mutable_data());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -82,4 +118,15 @@ sequences than bins. Raises ValueError for a sequence that fits nowhere. Release
   module.def("fp8_quantize", &fp8_quantize<float, fp8::quantize_float>, in, values, scales, block_rows,
              "False where an input is NaN or infinite.");
   module.def("fp8_quantize", &fp8_quantize<uint16_t, fp8::quantize_bfloat16>, in, values, scales, block_rows);
+
+  const auto pairs = py::arg("row_of_pair").noconvert(), rows = py::arg("pair_of_row").noconvert();
+  const auto indices = py::arg("indices").noconvert(), counts = py::arg("counts").noconvert();
+  const auto multiple = py::arg("multiple");
+  module.def("moe_slots", &moe_slots<int32_t>, indices, multiple, pairs, rows, counts,
+             "Returns the rows needed; where pair_of_row has fewer, it is not written.");
+  module.def("moe_slots", &moe_slots<int64_t>, indices, multiple, pairs, rows, counts);
+  module.def("moe_permute", &moe_permute, py::arg("tokens").noconvert(), rows, py::arg("per_token"),
+             py::arg("rows").noconvert());
+  module.def("moe_unpermute", &moe_unpermute, py::arg("rows").noconvert(), pairs, py::arg("weights"),
+             py::arg("tokens").noconvert());
 }

@@ -117,7 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure the system on this machine")
     bench.add_argument(
-        "what", choices=["step", "rewards", "schedule", "layouts", "packing", "linear_logprob", "all"]
+        "what",
+        choices=[
+            *("step", "rewards", "schedule", "layouts"),
+            *("packing", "linear_logprob", "moe_permute", "fp8_block", "all"),
+        ],
     )
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
     bench.add_argument(

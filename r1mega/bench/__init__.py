@@ -6,6 +6,8 @@ schedule         pipeline orders: makespans, searched orders, DeepSeek-V3's step
 layouts          every layout's loss and gradients beside those of one process
 packing          a million sequences into chunks (r1mega_kernels/packing)
 linear_logprob   the fused head (r1mega_kernels/linear_logprob)
+moe_permute      tokens to their experts and back (r1mega_kernels/moe_permute)
+fp8_block        fp8 with scales of blocks (r1mega_kernels/fp8_block)
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from r1mega.config import ConfigError
 KERNEL_BENCHES = {
     "packing": "r1mega_kernels.packing.bench_packing",
     "linear_logprob": "r1mega_kernels.linear_logprob.bench_linear_logprob",
+    "moe_permute": "r1mega_kernels.moe_permute.bench_moe_permute",
+    "fp8_block": "r1mega_kernels.fp8_block.bench_fp8_block",
 }
 """Programs with an option --json FILE."""
 RESPONSES = ("varying", "uniform", "both")

@@ -3,7 +3,7 @@
 Each token has K experts (-1: none). Row n of the sorted matrix belongs to one pair of a token and one of its K
 experts; rows of an expert lie together, in the order of the tokens, so that slots depend on nothing but the input.
 
-- reference.py: the definition, in plain torch; what runs on CPU. kernel.py: the Triton kernels
+- reference.py: the definition, in plain torch. On CPU compiled.py does the same, to the bit; on a GPU kernel.py
 - slots are found by a histogram and a scan; unpermute gathers over k and adds in the order of k, in float32
   (float64 for float64). No addition is atomic
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1mega_kernels.moe_permute import reference
+from r1mega_kernels.moe_permute import compiled, reference
 from r1mega_kernels.moe_permute.reference import padded
 
 __all__ = ["Permutation", "indices_of", "permute", "permute_fp8", "permute_values", "sort_by_expert", "unpermute"]
@@ -170,7 +170,7 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _implementation(tensor: Tensor) -> Any:
     if tensor.device.type == "cpu":
-        return reference
+        return compiled
     from r1mega_kernels.moe_permute import kernel  # Triton is absent where there is no GPU
 
     return kernel

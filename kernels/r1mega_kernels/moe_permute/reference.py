@@ -1,4 +1,4 @@
-"""The definition of permute and unpermute, in plain torch on any device; what runs on CPU."""
+"""The definition of permute and unpermute, in plain torch on any device."""
 
 from __future__ import annotations
 

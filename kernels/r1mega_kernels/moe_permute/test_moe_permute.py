@@ -22,6 +22,7 @@ from r1mega_kernels.moe_permute import (
     sort_by_expert,
     unpermute,
 )
+from r1mega_kernels.moe_permute import compiled, reference
 
 HERE = Path(__file__).parent
 OPS = torch.ops.r1mega
@@ -94,6 +95,23 @@ def test_all_tokens_may_go_to_one_expert():
     check_rows(indices_TK, 4, permutation)
     tokens_TD = torch.randn(30, 5)
     assert torch.equal(permute(tokens_TD, permutation)[:30], tokens_TD)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_what_runs_on_cpu_is_the_reference_bit_for_bit(case, multiple):
+    num_tokens, num_per_token, num_experts = CASES[case]
+    indices_TK = draw(num_tokens, num_per_token, num_experts, absent=0.2)
+    num_rows = num_tokens * num_per_token + num_experts * (multiple - 1)
+    places = compiled.slots(indices_TK, num_experts, multiple, num_rows)
+    for a, b in zip(places, reference.slots(indices_TK, num_experts, multiple, num_rows), strict=True):
+        assert torch.equal(a, b)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tokens_TD, rows_ND = torch.randn(num_tokens, 37).to(dtype), torch.randn(num_rows, 37).to(dtype)
+        assert torch.equal(compiled.permute(tokens_TD, *places[:2]), reference.permute(tokens_TD, *places[:2]))
+        for weights_TK in (None, torch.rand(num_tokens, num_per_token)):
+            own, expected = (of.unpermute(rows_ND, places[0], weights_TK) for of in (compiled, reference))
+            assert torch.equal(own, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
