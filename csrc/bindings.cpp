@@ -61,39 +61,30 @@ bool fp8_quantize(const Matrix<In>& in, Matrix<uint8_t>& values, Matrix<float>& 
   return Convert(in.data(), to, scales_to, {in.shape(0), in.shape(1), block_rows});
 }
 
+// Addresses of tensors, not arrays: a numpy view makes a tensor's storage unresizable for good, and Megatron frees what
+// it sends between ranks by resizing it. The caller (moe_permute/compiled.py) answers for the sizes.
 template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 template <typename Index>
-int64_t moe_slots(const Array<Index>& indices, int64_t multiple, Array<int32_t>& row_of_pair,
-                  Array<int32_t>& pair_of_row, Array<int64_t>& counts) {
-  if (row_of_pair.size() != indices.size()) throw std::invalid_argument("row_of_pair and indices differ in size");
-  for (py::ssize_t pair = 0; pair < indices.size(); ++pair) {
-    const Index expert = indices.data()[pair];
-    if (expert < -1 || expert >= counts.size()) throw std::invalid_argument("an expert is out of range");
-  }
-  return r1mega::moe_permute::slots(indices.data(), indices.size(), counts.size(), multiple, pair_of_row.size(),
-                                    row_of_pair.mutable_data(), pair_of_row.mutable_data(), counts.mutable_data());
+int64_t moe_slots(uintptr_t indices, int64_t pairs, int64_t experts, int64_t multiple, int64_t rows,
+                  uintptr_t row_of_pair, uintptr_t pair_of_row, uintptr_t counts) {
+  return r1mega::moe_permute::slots(at<Index>(indices), pairs, experts, multiple, rows, at<int32_t>(row_of_pair),
+                                    at<int32_t>(pair_of_row), at<int64_t>(counts));
 }
 
-// Callers have checked the places: they come from moe_slots.
-void moe_permute(const Matrix<uint8_t>& tokens, const Array<int32_t>& pair_of_row, int64_t per_token,
-                 Matrix<uint8_t>& rows) {
-  if (rows.shape(1) != tokens.shape(1) || rows.shape(0) != pair_of_row.size() || per_token < 1) {
-    throw std::invalid_argument("shapes of tokens, pair_of_row and rows do not fit");
-  }
-  r1mega::moe_permute::permute(tokens.data(), pair_of_row.data(), rows.shape(0), per_token, rows.shape(1),
-                               rows.mutable_data());
+void moe_permute(uintptr_t tokens, uintptr_t pair_of_row, int64_t rows, int64_t per_token, int64_t bytes,
+                 uintptr_t out) {
+  r1mega::moe_permute::permute(at<uint8_t>(tokens), at<int32_t>(pair_of_row), rows, per_token, bytes,
+                               at<uint8_t>(out));
 }
 
-void moe_unpermute(const Matrix<float>& rows, const Matrix<int32_t>& row_of_pair, const py::object& weights,
-                   Matrix<float>& tokens) {
-  const float* weight = weights.is_none() ? nullptr : weights.cast<Matrix<float>>().data();
-  if (rows.shape(1) != tokens.shape(1) || row_of_pair.shape(0) != tokens.shape(0)) {
-    throw std::invalid_argument("shapes of rows, row_of_pair and tokens do not fit");
-  }
-  r1mega::moe_permute::unpermute(rows.data(), row_of_pair.data(), weight, tokens.shape(0), row_of_pair.shape(1),
-                                 rows.shape(1), tokens.mutable_data());
+void moe_unpermute(uintptr_t rows, uintptr_t row_of_pair, uintptr_t weights, int64_t tokens, int64_t per_token,
+                   int64_t hidden, uintptr_t out) {
+  r1mega::moe_permute::unpermute(at<float>(rows), at<int32_t>(row_of_pair), at<float>(weights), tokens, per_token,
+                                 hidden, at<float>(out));
 }
 
 }  // namespace
@@ -119,14 +110,9 @@ sequences than bins. Raises ValueError for a sequence that fits nowhere. Release
              "False where an input is NaN or infinite.");
   module.def("fp8_quantize", &fp8_quantize<uint16_t, fp8::quantize_bfloat16>, in, values, scales, block_rows);
 
-  const auto pairs = py::arg("row_of_pair").noconvert(), rows = py::arg("pair_of_row").noconvert();
-  const auto indices = py::arg("indices").noconvert(), counts = py::arg("counts").noconvert();
-  const auto multiple = py::arg("multiple");
-  module.def("moe_slots", &moe_slots<int32_t>, indices, multiple, pairs, rows, counts,
-             "Returns the rows needed; where pair_of_row has fewer, it is not written.");
-  module.def("moe_slots", &moe_slots<int64_t>, indices, multiple, pairs, rows, counts);
-  module.def("moe_permute", &moe_permute, py::arg("tokens").noconvert(), rows, py::arg("per_token"),
-             py::arg("rows").noconvert());
-  module.def("moe_unpermute", &moe_unpermute, py::arg("rows").noconvert(), pairs, py::arg("weights"),
-             py::arg("tokens").noconvert());
+  const auto free_of_gil = py::call_guard<py::gil_scoped_release>();
+  module.def("moe_slots_int32", &moe_slots<int32_t>, free_of_gil);
+  module.def("moe_slots_int64", &moe_slots<int64_t>, free_of_gil);
+  module.def("moe_permute", &moe_permute, free_of_gil);
+  module.def("moe_unpermute", &moe_unpermute, free_of_gil);
 }

@@ -18,8 +18,9 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
 )
-from r1mega_kernels.moe_permute import indices_of, permute, permute_values, sort_by_expert, unpermute
 from torch import Tensor
+
+from r1mega_kernels.moe_permute import indices_of, permute, permute_values, sort_by_expert, unpermute
 
 
 class AllToAll(MoEAlltoAllTokenDispatcher):

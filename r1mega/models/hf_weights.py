@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from r1mega_kernels.fp8_block import BLOCK, dequantize_weight
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from r1mega.models.hf_config import load_hf_config
 from r1mega.models.weight_table import Region, Weight, regions
 from r1mega.parallel.mesh import Mesh, current_mesh
 from r1mega.platforms import parameter_device
+from r1mega_kernels.fp8_block import BLOCK, dequantize_weight
 
 if TYPE_CHECKING:
     from r1mega.models.trunk import Trunk
@@ -131,7 +131,9 @@ def import_hf(
         region.hf_name: handles[files[region.hf_name]].get_slice(region.hf_name) for _, region, _ in held
     }
     scales: dict[str, Any] = {}
-    for name in [name for name, tensor in slices.items() if name + SCALE in files or tensor.get_dtype() == FP8]:
+    for name in [
+        name for name, tensor in slices.items() if name + SCALE in files or tensor.get_dtype() == FP8
+    ]:
         if name + SCALE not in files:
             raise ValueError(f"{path}: {name} is {FP8}, and its scales {name + SCALE} are missing")
         file = files[name + SCALE]
@@ -216,13 +218,17 @@ def _check_scales(
 ) -> None:
     size = quantization.get("weight_block_size") or [BLOCK, BLOCK]
     if scales and size != [BLOCK, BLOCK]:
-        raise ValueError(f"{path}: weight_block_size is {size} in config.json; only {[BLOCK, BLOCK]} is supported")
+        raise ValueError(
+            f"{path}: weight_block_size is {size} in config.json; only {[BLOCK, BLOCK]} is supported"
+        )
     for name, scale in scales.items():
         shape, dtype = slices[name].get_shape(), slices[name].get_dtype()
         if dtype != FP8:
             raise ValueError(f"{path}: {name} has scales, {name + SCALE}, and is {dtype}, not {FP8}")
         if len(shape) != 2:
-            raise ValueError(f"{path}: {name} is {FP8} and {list(shape)}; only matrices have blocks of scales")
+            raise ValueError(
+                f"{path}: {name} is {FP8} and {list(shape)}; only matrices have blocks of scales"
+            )
         blocks = [-(-size // BLOCK) for size in shape]
         if list(scale.get_shape()) != blocks or scale.get_dtype() != "F32":
             raise ValueError(

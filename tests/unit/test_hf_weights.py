@@ -253,11 +253,11 @@ def test_a_checkpoint_in_fp8_is_read_as_the_numbers_it_stands_for(dtype, tmp_pat
 
 def test_a_part_of_a_fp8_tensor_may_start_inside_a_block(tmp_path):
     """As tensor ranks of a layer whose rows are not a multiple of 128 read it."""
-    from r1mega_kernels.fp8_block import dequantize_weight, quantize_weight
     from safetensors import safe_open
 
     from r1mega.models.hf_weights import _dequantized
     from r1mega.models.weight_table import Region
+    from r1mega_kernels.fp8_block import dequantize_weight, quantize_weight
 
     values, scale = quantize_weight(torch.randn(300, 290))
     save_file({"w": values, "w_scale_inv": scale}, tmp_path / "file")
@@ -278,13 +278,22 @@ def test_a_part_of_a_fp8_tensor_may_start_inside_a_block(tmp_path):
             lambda t: t.update({SHARED + "_scale_inv": torch.ones(1, 2)}),
             r"scale_inv is F32 \[1, 2\]; blocks of 128 x 128 of \[168, 160\] need F32 \[2, 2\]",
         ),
-        (lambda t: t.update({SHARED + "_scale_inv": torch.ones(2, 2).half()}), r"is F16 \[2, 2\]; .* need F32"),
+        (
+            lambda t: t.update({SHARED + "_scale_inv": torch.ones(2, 2).half()}),
+            r"is F16 \[2, 2\]; .* need F32",
+        ),
         (
             lambda t: t.update({SHARED + "_scale_inv": torch.full((2, 2), torch.nan)}),
             "scale_inv has values that are negative, infinite or NaN",
         ),
-        (lambda t: t.update({SHARED: t[SHARED].float()}), "has scales, .*_scale_inv, and is F32, not F8_E4M3"),
-        (lambda t: t.update({"model.extra_scale_inv": torch.ones(1)}), "1 unexpected tensors, first model.extra"),
+        (
+            lambda t: t.update({SHARED: t[SHARED].float()}),
+            "has scales, .*_scale_inv, and is F32, not F8_E4M3",
+        ),
+        (
+            lambda t: t.update({"model.extra_scale_inv": torch.ones(1)}),
+            "1 unexpected tensors, first model.extra",
+        ),
         (
             lambda t: t.update(
                 {

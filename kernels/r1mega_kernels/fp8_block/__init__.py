@@ -99,7 +99,9 @@ def _fp8_quantize(matrix_OI: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
 
     if not _C.fp8_quantize(_array(matrix_OI), _array(values_OI), scale_PQ.numpy(), block_rows):
         count = int((~matrix_OI.isfinite()).sum())
-        raise ValueError(f"{count} of {matrix_OI.numel()} values are NaN or infinite; fp8 has no place for them")
+        raise ValueError(
+            f"{count} of {matrix_OI.numel()} values are NaN or infinite; fp8 has no place for them"
+        )
     return values_OI, scale_PQ
 
 

@@ -30,8 +30,12 @@ SHAPES = {"cpu": (4096, 7168), "cuda": (18432, 7168)}
 def run(device: str, repeats: int = 9) -> list[dict]:
     """Prints the table and returns its rows."""
     weight_OI = torch.randn(SHAPES[device], device=device).bfloat16()
-    print(f"fp8_block on {device}, {list(weight_OI.shape)}, bfloat16, {torch.get_num_threads()} threads; GB/s")
-    print(f"{'operation':22}{'blocks':>11}{'own':>8}{'alone':>8}{'copy':>8}{'alone/copy':>12}{'torch':>8}{'own/torch':>11}")
+    print(
+        f"fp8_block on {device}, {list(weight_OI.shape)}, bfloat16, {torch.get_num_threads()} threads; GB/s"
+    )
+    print(
+        f"{'operation':22}{'blocks':>11}{'own':>8}{'alone':>8}{'copy':>8}{'alone/copy':>12}{'torch':>8}{'own/torch':>11}"
+    )
     rows = []
     target_OI = torch.empty_like(weight_OI)
     for block_rows in (fp8_block.BLOCK, 1):
@@ -54,11 +58,15 @@ def run(device: str, repeats: int = 9) -> list[dict]:
             ),
         }
         for operation, (own, alone, plain) in calls.items():
-            copy_seconds = best(lambda: target_OI.copy_(weight_OI), device, repeats) * 3 / 4  # 4 bytes an element
+            copy_seconds = (
+                best(lambda: target_OI.copy_(weight_OI), device, repeats) * 3 / 4
+            )  # 4 bytes an element
             seconds = [best(call, device, n) for call, n in ((own, repeats), (alone, repeats), (plain, 2))]
             rate = [3e-9 * weight_OI.numel() / s for s in (*seconds, copy_seconds)]
             names = ("own", "own_without_allocation", "torch", "copy")
-            rows.append({"operation": operation, "block_rows": block_rows, "device": device, "shape": SHAPES[device]})
+            rows.append(
+                {"operation": operation, "block_rows": block_rows, "device": device, "shape": SHAPES[device]}
+            )
             rows[-1] |= {f"{name}_gb_per_second": value for name, value in zip(names, rate, strict=True)}
             print(
                 f"{operation:22}{f'{block_rows} x 128':>11}{rate[0]:8.1f}{rate[1]:8.1f}{rate[3]:8.1f}"
@@ -107,8 +115,12 @@ def _seconds(device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()

@@ -91,7 +91,14 @@ def ahead_of_time() -> list[AheadOfTime]:
         AheadOfTime(
             name=f"fp8_block.{kernel.__name__}[{dtype}, {rows} x {BLOCK}]",
             kernel=kernel,
-            types={"matrix": f"*{dtype}", "values": "*fp8e4nv", "scale": "*fp32", "O": "i32", "I": "i32", "Q": "i32"},
+            types={
+                "matrix": f"*{dtype}",
+                "values": "*fp8e4nv",
+                "scale": "*fp32",
+                "O": "i32",
+                "I": "i32",
+                "Q": "i32",
+            },
             constants={
                 "BLOCK_ROWS": rows,
                 "ROWS": ROWS[rows],

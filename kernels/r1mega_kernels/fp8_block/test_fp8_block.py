@@ -165,7 +165,10 @@ FP8 = torch.float8_e4m3fn
         (lambda: dequantize_weight(torch.ones(2, 2), torch.ones(1, 1)), "the fp8 matrix is torch.float32"),
         (lambda: dequantize_weight(torch.ones(2, 2).to(FP8), torch.ones(2, 2)), r"need \[1, 1\]"),
         (lambda: dequantize_rows(torch.ones(2, 2).to(FP8), torch.ones(1, 1)), r"1 x 128 need \[2, 1\]"),
-        (lambda: dequantize_rows(torch.ones(2, 2).to(FP8), torch.ones(2, 1).half()), "the scale is torch.float16"),
+        (
+            lambda: dequantize_rows(torch.ones(2, 2).to(FP8), torch.ones(2, 1).half()),
+            "the scale is torch.float16",
+        ),
         (
             lambda: dequantize_rows(torch.ones(2, 2).to(FP8), torch.ones(2, 1), torch.float16),
             "dtype is torch.float16",
@@ -205,7 +208,9 @@ def test_triton_kernels_match_the_reference_in_the_interpreter(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; fp8 rounding is wrong in the interpreter")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; fp8 rounding is wrong in the interpreter"
+)
 @pytest.mark.parametrize("shape", [(1, 1), (130, 257), (2048, 7168)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_rows", [128, 1])

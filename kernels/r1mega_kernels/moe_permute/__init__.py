@@ -23,7 +23,15 @@ from torch import Tensor
 from r1mega_kernels.moe_permute import compiled, reference
 from r1mega_kernels.moe_permute.reference import padded
 
-__all__ = ["Permutation", "indices_of", "permute", "permute_fp8", "permute_values", "sort_by_expert", "unpermute"]
+__all__ = [
+    "Permutation",
+    "indices_of",
+    "permute",
+    "permute_fp8",
+    "permute_values",
+    "sort_by_expert",
+    "unpermute",
+]
 
 
 @dataclass(frozen=True)
@@ -69,21 +77,19 @@ def sort_by_expert(
     beyond the last row are lost).
     """
     if indices_TK.dtype not in (torch.int32, torch.int64) or indices_TK.dim() != 2:
-        raise ValueError(f"indices are {indices_TK.dtype} {list(indices_TK.shape)}; they must be int32 or int64 [T, K]")
+        raise ValueError(
+            f"indices are {indices_TK.dtype} {list(indices_TK.shape)}; they must be int32 or int64 [T, K]"
+        )
     _check_contiguous("indices", indices_TK)
     if num_experts < 1 or multiple < 1:
         raise ValueError(f"num_experts is {num_experts} and multiple {multiple}; both must be at least 1")
     if indices_TK.numel() >= 2**31:
         raise ValueError(f"indices {list(indices_TK.shape)}: 2^31 pairs and more are not supported")
-    if indices_TK.device.type == "cpu" and indices_TK.numel():
-        lowest, highest = (int(bound) for bound in indices_TK.aminmax())
-        if lowest < -1 or highest >= num_experts:
-            raise ValueError(f"experts range from {lowest} to {highest}; they must be in [-1, {num_experts})")
     if num_rows is None and multiple == 1:
         num_rows = indices_TK.numel()
     elif num_rows is None:
         flat = indices_TK.flatten().long()
-        counts_E = (flat + 1).bincount(minlength=num_experts + 1)[1:]
+        counts_E = (flat + 1).clamp(min=0).bincount(minlength=num_experts + 1)[1:]
         num_rows = int(padded(counts_E, multiple).sum())
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}")
@@ -102,7 +108,9 @@ def permute_values(values_TK: Tensor, permutation: Permutation) -> Tensor:
         expected = list(permutation.row_of_pair_TK.shape)
         raise ValueError(f"values are {list(values_TK.shape)}; the permutation's pairs are {expected}")
     _check_floating("values", values_TK)
-    return torch.ops.r1mega.moe_permute_values(values_TK, permutation.row_of_pair_TK, permutation.pair_of_row_N)
+    return torch.ops.r1mega.moe_permute_values(
+        values_TK, permutation.row_of_pair_TK, permutation.pair_of_row_N
+    )
 
 
 def permute_fp8(tokens_TD: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
@@ -125,7 +133,9 @@ def unpermute(rows_ND: Tensor, permutation: Permutation, weights_TK: Tensor | No
     """
     _check_floating("rows", rows_ND)
     if rows_ND.dim() != 2 or len(rows_ND) != len(permutation.pair_of_row_N):
-        raise ValueError(f"rows are {list(rows_ND.shape)}; the permutation has {len(permutation.pair_of_row_N)} rows")
+        raise ValueError(
+            f"rows are {list(rows_ND.shape)}; the permutation has {len(permutation.pair_of_row_N)} rows"
+        )
     _check_place("rows", rows_ND, permutation)
     if weights_TK is None:
         return torch.ops.r1mega.moe_unpermute(
@@ -152,7 +162,9 @@ def _check_tokens(tokens_TD: Tensor, permutation: Permutation) -> None:
 def _check_place(name: str, tensor: Tensor, permutation: Permutation) -> None:
     _check_contiguous(name, tensor)
     if tensor.device != permutation.pair_of_row_N.device:
-        raise ValueError(f"{name} are on {tensor.device}, the permutation on {permutation.pair_of_row_N.device}")
+        raise ValueError(
+            f"{name} are on {tensor.device}, the permutation on {permutation.pair_of_row_N.device}"
+        )
 
 
 def _check_contiguous(name: str, tensor: Tensor) -> None:
@@ -187,7 +199,9 @@ def _(map_TE: Tensor, num_per_token: int) -> Tensor:
 
 
 @torch.library.custom_op("r1mega::moe_slots", mutates_args=())
-def _slots(indices_TK: Tensor, num_experts: int, multiple: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _slots(
+    indices_TK: Tensor, num_experts: int, multiple: int, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation(indices_TK).slots(indices_TK, num_experts, multiple, num_rows)
 
 

@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1mega_kernels.moe_permute import indices_of, permute, permute_fp8, permute_values, sort_by_expert, unpermute
+from r1mega_kernels.moe_permute import (
+    indices_of,
+    permute,
+    permute_fp8,
+    permute_values,
+    sort_by_expert,
+    unpermute,
+)
 
 SHAPES = {
     "cpu": [(512, 3, 8, 64), (4096, 4, 16, 128), (4096, 8, 64, 512)],
@@ -35,7 +42,9 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def make_inputs(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
     num_tokens, num_per_token, num_experts, hidden_size = shape
     chosen_TK = torch.rand(num_tokens, num_experts, device=device).topk(num_per_token, dim=1).indices
-    map_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=device).scatter_(1, chosen_TK, True)
+    map_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=device).scatter_(
+        1, chosen_TK, True
+    )
     indices_TK = indices_of(map_TE, num_per_token)
     return {
         "map_TE": map_TE,
@@ -71,7 +80,9 @@ def whole_of_megatron(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     from megatron.core.transformer.moe import moe_utils
 
     tokens_TD, map_TE = inputs["tokens_TD"], inputs["map_TE"]
-    rows_ND, probs_N, order_N = moe_utils.permute(tokens_TD, map_TE, inputs["probs_TE"], len(inputs["rows_ND"]))
+    rows_ND, probs_N, order_N = moe_utils.permute(
+        tokens_TD, map_TE, inputs["probs_TE"], len(inputs["rows_ND"])
+    )
     return moe_utils.unpermute(rows_ND, order_N, tokens_TD.shape, routing_map=map_TE), probs_N
 
 
@@ -82,7 +93,9 @@ def whole_of_own(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return unpermute(permute(inputs["tokens_TD"], permutation), permutation), probs_N
 
 
-def with_backward(whole: Callable[[dict[str, Any]], tuple[Tensor, Tensor]]) -> Callable[[dict[str, Any]], None]:
+def with_backward(
+    whole: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
+) -> Callable[[dict[str, Any]], None]:
     def provider(inputs: dict[str, Any]) -> None:
         tokens_TD, probs_TE = (inputs[name].detach().requires_grad_() for name in ("tokens_TD", "probs_TE"))
         results = whole(inputs | {"tokens_TD": tokens_TD, "probs_TE": probs_TE})
@@ -104,7 +117,9 @@ def copy_of(num_bytes: int, device: str) -> Callable[[dict[str, Any]], None]:
     return lambda inputs: target.copy_(source)  # type: ignore[return-value]
 
 
-def operations(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, Callable[[dict[str, Any]], Any]]]:
+def operations(
+    shape: tuple[int, int, int, int], device: str
+) -> dict[str, dict[str, Callable[[dict[str, Any]], Any]]]:
     """Operation -> provider -> call."""
     num_tokens, num_per_token, _, hidden_size = shape
     token = hidden_size * DTYPES[device].itemsize
@@ -125,7 +140,10 @@ def operations(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[
             "floor": copy_of(moved, device),
             "own": lambda x: unpermute(x["rows_ND"], x["permutation"]),
         },
-        "map to rows and back, +backward": {"floor": copy_of(4 * moved, device), "own": with_backward(whole_of_own)},
+        "map to rows and back, +backward": {
+            "floor": copy_of(4 * moved, device),
+            "own": with_backward(whole_of_own),
+        },
     }
     if importlib.util.find_spec("megatron") is not None:
         table["unpermute"]["Megatron"] = megatron_unpermute
@@ -162,13 +180,19 @@ def run(device: str, repeats: int = 9) -> list[dict]:
             floor = found.pop("floor", None)
             own = found.pop("own")
             row = {"shape": shape, "operation": operation, "device": device, "own_milliseconds": own}
-            row |= {"floor_milliseconds": floor, "peers_milliseconds": found, "difference_from_megatron": error}
+            row |= {
+                "floor_milliseconds": floor,
+                "peers_milliseconds": found,
+                "difference_from_megatron": error,
+            }
             if device == "cuda":
                 row["peak_bytes"] = torch.cuda.max_memory_allocated()
             rows.append(row)
             text = "".join(f"  {name} {t:.2f} ({t / own:.2f}x)" for name, t in found.items())
             of_floor = f"{floor:9.2f}{floor / own:11.2f}" if floor else " " * 20
-            print(f"{f'{shape[0]} x {shape[1]}, {shape[2]}, {shape[3]}':24}{operation:34}{own:9.2f}{of_floor}{text}")
+            print(
+                f"{f'{shape[0]} x {shape[1]}, {shape[2]}, {shape[3]}':24}{operation:34}{own:9.2f}{of_floor}{text}"
+            )
         print(f"{'':24}largest difference from Megatron in float32: {error:.1e}")
     return rows
 
@@ -181,8 +205,12 @@ def _seconds(device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()

@@ -15,21 +15,27 @@ __all__ = ["indices", "permute", "permute_fp8", "slots", "unpermute", "unpermute
 def slots(
     indices_TK: Tensor, num_experts: int, multiple: int, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if indices_TK.numel():
+        lowest, highest = (int(bound) for bound in indices_TK.aminmax())
+        if lowest < -1 or highest >= num_experts:
+            raise ValueError(f"experts range from {lowest} to {highest}; they must be in [-1, {num_experts})")
     row_of_pair_TK = torch.empty_like(indices_TK, dtype=torch.int32)
     pair_of_row_N = torch.empty(num_rows, dtype=torch.int32)
     count_E = torch.empty(num_experts, dtype=torch.int64)
-    arrays = (row_of_pair_TK.numpy(), pair_of_row_N.numpy(), count_E.numpy())
-    needed = _C.moe_slots(indices_TK.numpy(), multiple, *arrays)
+    sort = _C.moe_slots_int32 if indices_TK.dtype == torch.int32 else _C.moe_slots_int64
+    outputs = (row_of_pair_TK, pair_of_row_N, count_E)
+    sizes = (indices_TK.numel(), num_experts, multiple, num_rows)
+    needed = sort(indices_TK.data_ptr(), *sizes, *(output.data_ptr() for output in outputs))
     if needed > num_rows:
         raise ValueError(f"the experts need {needed} rows, num_rows is {num_rows}")
-    return row_of_pair_TK, pair_of_row_N, count_E
+    return outputs
 
 
 def permute(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor) -> Tensor:
-    rows_ND = tokens_TD.new_empty(len(pair_of_row_N), tokens_TD.shape[1])
-    if rows_ND.numel():
-        tokens, rows = (x.detach().view(torch.uint8).numpy() for x in (tokens_TD, rows_ND))
-        _C.moe_permute(tokens, pair_of_row_N.numpy(), max(row_of_pair_TK.shape[1], 1), rows)
+    num_rows, hidden_size = len(pair_of_row_N), tokens_TD.shape[1]
+    rows_ND = tokens_TD.new_empty(num_rows, hidden_size)
+    sizes = (num_rows, max(row_of_pair_TK.shape[1], 1), hidden_size * tokens_TD.element_size())
+    _C.moe_permute(tokens_TD.data_ptr(), pair_of_row_N.data_ptr(), *sizes, rows_ND.data_ptr())
     return rows_ND
 
 
@@ -37,6 +43,13 @@ def unpermute(rows_ND: Tensor, row_of_pair_TK: Tensor, weights_TK: Tensor | None
     if rows_ND.dtype != torch.float32:
         return reference.unpermute(rows_ND, row_of_pair_TK, weights_TK)
     tokens_TD = rows_ND.new_empty(len(row_of_pair_TK), rows_ND.shape[1])
-    weights = None if weights_TK is None else weights_TK.detach().float().numpy()
-    _C.moe_unpermute(rows_ND.detach().numpy(), row_of_pair_TK.numpy(), weights, tokens_TD.numpy())
+    weights = None if weights_TK is None else weights_TK.float()
+    _C.moe_unpermute(
+        rows_ND.data_ptr(),
+        row_of_pair_TK.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        *row_of_pair_TK.shape,
+        rows_ND.shape[1],
+        tokens_TD.data_ptr(),
+    )
     return tokens_TD

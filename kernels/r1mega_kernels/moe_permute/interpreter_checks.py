@@ -52,7 +52,9 @@ def test_every_kernel_gives_the_reference(case, multiple, absent):
             reference.unpermute(outputs_ND, row_of_pair_TK, weights),
         )
     arguments = (torch.randn_like(tokens_TD), outputs_ND, row_of_pair_TK, pair_of_row_N, weights_TK)
-    for a, b in zip(kernel.unpermute_backward(*arguments), reference.unpermute_backward(*arguments), strict=True):
+    for a, b in zip(
+        kernel.unpermute_backward(*arguments), reference.unpermute_backward(*arguments), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 

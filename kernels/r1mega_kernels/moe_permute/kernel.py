@@ -60,7 +60,14 @@ def slots(
     experts = triton.next_power_of_2(num_experts)
     with torch.cuda.device_of(indices_TK):
         count_kernel[(num_stretches,)](
-            indices_TK, count_ES, num_pairs, num_experts, num_stretches, STRETCH=STRETCH, BLOCK_E=experts, num_warps=4
+            indices_TK,
+            count_ES,
+            num_pairs,
+            num_experts,
+            num_stretches,
+            STRETCH=STRETCH,
+            BLOCK_E=experts,
+            num_warps=4,
         )
         scan_kernel[(num_experts,)](count_ES, count_E, num_stretches, BLOCK=SCANNED, num_warps=4)
         start_kernel[(1,)](count_E, start_E, num_experts, multiple, BLOCK_E=experts, num_warps=4)
@@ -79,7 +86,13 @@ def permute(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor) ->
     with torch.cuda.device_of(tokens_TD):
         if num_tokens:
             permute_kernel[(num_tokens,)](
-                tokens_TD, row_of_pair_TK, rows_ND, hidden_size, K=row_of_pair_TK.shape[1], HIDDEN=HIDDEN, num_warps=4
+                tokens_TD,
+                row_of_pair_TK,
+                rows_ND,
+                hidden_size,
+                K=row_of_pair_TK.shape[1],
+                HIDDEN=HIDDEN,
+                num_warps=4,
             )
         _fill_padding(rows_ND, pair_of_row_N, 0.0)
     return rows_ND
@@ -146,7 +159,9 @@ def indices_kernel(
     tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts_E = tl.arange(0, BLOCK_E)
     at = tokens_T[:, None].to(tl.int64) * E + experts_E[None, :]
-    chosen = tl.load(routing + at, mask=(tokens_T[:, None] < T) & (experts_E[None, :] < E), other=0).to(tl.int32)
+    chosen = tl.load(routing + at, mask=(tokens_T[:, None] < T) & (experts_E[None, :] < E), other=0).to(
+        tl.int32
+    )
     rank = tl.cumsum(chosen, axis=1) - 1
     out = indices + tokens_T[:, None].to(tl.int64) * K + rank
     tl.store(out, tl.zeros_like(rank) + experts_E[None, :], mask=(chosen > 0) & (rank < K))
@@ -229,7 +244,9 @@ def permute_fp8_kernel(
         at_GC = groups_G[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         x_GC = tl.load(tokens + token * D + at_GC, mask=at_GC < D, other=0.0).to(tl.float32)
         scale_G = scale_of(tl.max(tl.abs(x_GC), axis=1), LARGEST, SMALLEST_AMAX)
-        value_GC = tl.div_rn(x_GC, tl.broadcast_to(scale_G[:, None], (GROUPS, BLOCK))).to(rows.dtype.element_ty)
+        value_GC = tl.div_rn(x_GC, tl.broadcast_to(scale_G[:, None], (GROUPS, BLOCK))).to(
+            rows.dtype.element_ty
+        )
         for k in tl.static_range(K):
             row = tl.load(row_of_pair + token * K + k).to(tl.int64)
             tl.store(rows + row * D + at_GC, value_GC, mask=(at_GC < D) & (row >= 0))
@@ -302,7 +319,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                {"STRETCH": STRETCH, "COMPARED": COMPARED}, num_warps=8),
     ]  # fmt: skip
     for dtype in ("bf16", "fp32"):
-        matrices = {name: f"*{dtype}" for name in ("tokens", "rows", "d_tokens", "d_rows")}
+        matrices = dict.fromkeys(("tokens", "rows", "d_tokens", "d_rows"), f"*{dtype}")
         rest = {"D": "i32", "N": "i32", "value": "fp32", "weights": "*fp32", "d_weights": "*fp32"}
         types = {**pairs, **matrices, **rest}
         specifications += [
@@ -318,7 +335,9 @@ def ahead_of_time() -> list[AheadOfTime]:
     return specifications
 
 
-def _ahead(kernel: object, types: dict[str, str], constants: dict, what: str = "", num_warps: int = 4) -> AheadOfTime:
+def _ahead(
+    kernel: object, types: dict[str, str], constants: dict, what: str = "", num_warps: int = 4
+) -> AheadOfTime:
     names = set(kernel.arg_names) - set(constants)  # type: ignore[attr-defined]
     return AheadOfTime(
         name=f"moe_permute.{kernel.__name__}{f'[{what}]' if what else ''}",  # type: ignore[attr-defined]

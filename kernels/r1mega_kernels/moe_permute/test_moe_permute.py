@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from r1mega_kernels.fp8_block import quantize_rows
 from r1mega_kernels.moe_permute import (
     Permutation,
+    compiled,
     indices_of,
     permute,
     permute_fp8,
     permute_values,
+    reference,
     sort_by_expert,
     unpermute,
 )
-from r1mega_kernels.moe_permute import compiled, reference
 
 HERE = Path(__file__).parent
 OPS = torch.ops.r1mega
@@ -75,7 +76,9 @@ def test_rows_hold_their_promise_for_any_indices(data):
     num_experts = data.draw(st.integers(1, 6))
     num_per_token = data.draw(st.integers(1, 4))
     row = st.lists(st.integers(-1, num_experts - 1), min_size=num_per_token, max_size=num_per_token)
-    indices_TK = torch.tensor(data.draw(st.lists(row, max_size=12)), dtype=torch.int64).view(-1, num_per_token)
+    indices_TK = torch.tensor(data.draw(st.lists(row, max_size=12)), dtype=torch.int64).view(
+        -1, num_per_token
+    )
     multiple = data.draw(st.integers(1, 5))
     permutation = sort_by_expert(indices_TK, num_experts, multiple=multiple)
     check_rows(indices_TK, num_experts, permutation)
@@ -108,7 +111,9 @@ def test_what_runs_on_cpu_is_the_reference_bit_for_bit(case, multiple):
         assert torch.equal(a, b)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         tokens_TD, rows_ND = torch.randn(num_tokens, 37).to(dtype), torch.randn(num_rows, 37).to(dtype)
-        assert torch.equal(compiled.permute(tokens_TD, *places[:2]), reference.permute(tokens_TD, *places[:2]))
+        assert torch.equal(
+            compiled.permute(tokens_TD, *places[:2]), reference.permute(tokens_TD, *places[:2])
+        )
         for weights_TK in (None, torch.rand(num_tokens, num_per_token)):
             own, expected = (of.unpermute(rows_ND, places[0], weights_TK) for of in (compiled, reference))
             assert torch.equal(own, expected)
@@ -165,16 +170,30 @@ def test_results_and_gradients_match_dense_products_in_float64(case, absent, mul
     for results in (own_results, exact_results):
         losses.append(sum((seed * x).sum() for seed, x in zip(seeds, results, strict=True)))
         losses[-1].backward()
-    for a, b in zip((*own_results, *(x.grad for x in own)), (*exact_results, *(x.grad for x in exact)), strict=True):
+    for a, b in zip(
+        (*own_results, *(x.grad for x in own)), (*exact_results, *(x.grad for x in exact)), strict=True
+    ):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_agree_with_finite_differences():
     permutation = sort_by_expert(draw(5, 2, 3, absent=0.2), 3, num_rows=12)
-    inputs = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (12, 3), (5, 2))]
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (12, 3), (5, 2))
+    ]
     assert torch.autograd.gradcheck(lambda t: permute(t, permutation), inputs[0])
     assert torch.autograd.gradcheck(lambda r, w: unpermute(r, permutation, w), inputs[1:])
     assert torch.autograd.gradcheck(lambda w: permute_values(w, permutation), inputs[2])
+
+
+def test_storages_stay_resizable():
+    """Megatron frees what it sends between ranks by resizing it to nothing."""
+    permutation = sort_by_expert(draw(5, 2, 3), 3)
+    tokens_TD, values_TK = torch.randn(5, 3), torch.rand(5, 2)
+    rows_ND, values_N = permute(tokens_TD, permutation), permute_values(values_TK, permutation)
+    back_TD = unpermute(rows_ND, permutation, values_TK)
+    for tensor in (tokens_TD, values_TK, rows_ND, values_N, back_TD):
+        tensor.untyped_storage().resize_(0)
 
 
 def test_sums_of_bfloat16_rows_are_rounded_once():
@@ -207,13 +226,19 @@ def test_float32_equals_megatrons_permutation_bit_for_bit(weighted):
         probs_TK = probs_TE.gather(1, indices_TK.long())
         rows_ND = permute(tokens_TD, permutation)
         weights_TK = probs_TK if weighted else None
-        return rows_ND, permute_values(probs_TK, permutation), unpermute(rows_ND * scale_N, permutation, weights_TK)
+        return (
+            rows_ND,
+            permute_values(probs_TK, permutation),
+            unpermute(rows_ND * scale_N, permutation, weights_TK),
+        )
 
     found = []
     for op in (of_megatron, own):
         inputs = tokens_TD.clone().requires_grad_(), probs_TE.clone().requires_grad_()
         results = op(*inputs)
-        ((seed_TD * results[2]).sum() + results[0].square().sum() + (scale_N[:, 0] * results[1]).sum()).backward()
+        (
+            (seed_TD * results[2]).sum() + results[0].square().sum() + (scale_N[:, 0] * results[1]).sum()
+        ).backward()
         found.append((*(x.detach() for x in results), inputs[0].grad, inputs[1].grad))
     for name, a, b in zip(("rows", "probs", "tokens", "d_tokens"), *found, strict=False):
         assert torch.equal(a, b), name
@@ -277,7 +302,10 @@ def test_operators_are_registered_as_torch_wants_them():
         (lambda p: permute(torch.ones(2, 2).long(), p), "tokens are torch.int64"),
         (lambda p: permute(torch.ones(3, 2).T, p), r"tokens: strides \(1, 2\)"),
         (lambda p: permute(torch.ones(2, 2, device="meta"), p), "tokens are on meta, the permutation on cpu"),
-        (lambda p: permute_values(torch.ones(2, 3), p), r"values are \[2, 3\]; the permutation's pairs are \[2, 2\]"),
+        (
+            lambda p: permute_values(torch.ones(2, 3), p),
+            r"values are \[2, 3\]; the permutation's pairs are \[2, 2\]",
+        ),
         (lambda p: permute_fp8(torch.ones(2, 2).double(), p), "tokens are torch.float64"),
         (lambda p: permute_fp8(torch.ones(2, 2).requires_grad_(), p), "fp8 rows have no gradient"),
         (lambda p: unpermute(torch.ones(3, 2), p), r"rows are \[3, 2\]; the permutation has 4 rows"),
@@ -306,7 +334,9 @@ def test_triton_kernels_match_the_reference_in_the_interpreter(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; fp8 rounding is wrong in the interpreter")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; fp8 rounding is wrong in the interpreter"
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1000, 8, 256, 7168), (333, 3, 20, 1030)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_gpu_gives_what_the_cpu_gives(shape, dtype):
@@ -324,7 +354,9 @@ def test_a_gpu_gives_what_the_cpu_gives(shape, dtype):
         back_TD.float().square().sum().backward()
         values_ND, scale_NQ = permute_fp8(tokens.detach(), permutation)
         exact = (permutation.row_of_pair_TK, permutation.pair_of_row_N, rows_ND, scale_NQ, values_ND.float())
-        found.append([[x.detach().cpu() for x in exact], back_TD.cpu(), tokens.grad.cpu(), weights.grad.cpu()])
+        found.append(
+            [[x.detach().cpu() for x in exact], back_TD.cpu(), tokens.grad.cpu(), weights.grad.cpu()]
+        )
     for a, b in zip(found[0][0], found[1][0], strict=True):
         assert torch.equal(a, b)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
