@@ -47,8 +47,11 @@ class AllToAll(MoEAlltoAllTokenDispatcher):
 class AllGather(MoEAllGatherTokenDispatcher):
     """Every rank has all tokens and takes those of its experts."""
 
+    routing_map: Tensor | None
+
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(rows_ND, tokens per local expert on the host, probs_N). hidden_states [T, D] and probs [T, E] of all."""
+        assert self.routing_map is not None
         first, num_local = self.local_expert_indices[0], self.num_local_experts
         map_TE = self.routing_map[:, first : first + num_local].contiguous()
         counts_E = map_TE.sum(dim=0).cpu()

@@ -1,8 +1,8 @@
 """Weights between Hugging Face checkpoints, Megatron's parameters and the rollout engines, by one table.
 
-Import reads only this process's part of each tensor. Weights in fp8 with one scale for each block of 128 x 128, as
-DeepSeek-V3's are, become numbers on the way in (r1mega_kernels.fp8_block). Export and sync gather whole tensors, one at a time, in
-the table's order on every rank. Export is bit-exact to import.
+Import reads only this process's part of each tensor. Weights in fp8 with a scale for each block of 128 x 128, as
+DeepSeek-V3's are, become numbers on the way in (r1mega_kernels.fp8_block). Export and sync gather whole tensors, one at a
+time, in the table's order on every rank. Export is bit-exact to import.
 """
 
 from __future__ import annotations

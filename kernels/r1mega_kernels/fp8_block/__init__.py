@@ -95,9 +95,9 @@ def _fp8_quantize(matrix_OI: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
 
         kernel.quantize(matrix_OI, values_OI, scale_PQ, block_rows)
         return values_OI, scale_PQ
-    from r1mega_kernels import _C
+    import r1mega_kernels._C as compiled
 
-    if not _C.fp8_quantize(_array(matrix_OI), _array(values_OI), scale_PQ.numpy(), block_rows):
+    if not compiled.fp8_quantize(_array(matrix_OI), _array(values_OI), scale_PQ.numpy(), block_rows):
         count = int((~matrix_OI.isfinite()).sum())
         raise ValueError(
             f"{count} of {matrix_OI.numel()} values are NaN or infinite; fp8 has no place for them"
@@ -119,9 +119,9 @@ def _fp8_dequantize(values_OI: Tensor, scale_PQ: Tensor, block_rows: int, dtype:
 
         kernel.dequantize(values_OI, scale_PQ, out_OI, block_rows)
         return out_OI
-    from r1mega_kernels import _C
+    import r1mega_kernels._C as compiled
 
-    _C.fp8_dequantize(_array(values_OI), scale_PQ.numpy(), _array(out_OI), block_rows)
+    compiled.fp8_dequantize(_array(values_OI), scale_PQ.numpy(), _array(out_OI), block_rows)
     return out_OI
 
 

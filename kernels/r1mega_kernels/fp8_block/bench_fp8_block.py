@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,21 @@ def run(device: str, repeats: int = 9) -> list[dict]:
         assert torch.equal(scale_PQ, expected_PQ)
         back_OI = fp8_block._dequantize(values_OI, scale_PQ, block_rows, torch.bfloat16)
         assert torch.equal(back_OI, dequantize_reference(values_OI, scale_PQ, block_rows))
-        calls = {
+        calls: dict[str, tuple[Callable[[], Any], ...]] = {
             "quantise": (
-                lambda b=block_rows: fp8_block._quantize(weight_OI, b),
-                lambda b=block_rows, v=values_OI, s=scale_PQ: quantize_into(weight_OI, v, s, b),
-                lambda b=block_rows: quantize_reference(weight_OI, b),
+                partial(fp8_block._quantize, weight_OI, block_rows),
+                partial(quantize_into, weight_OI, values_OI, scale_PQ, block_rows),
+                partial(quantize_reference, weight_OI, block_rows),
             ),
             "dequantise": (
-                lambda b=block_rows, v=values_OI, s=scale_PQ: fp8_block._dequantize(v, s, b, torch.bfloat16),
-                lambda b=block_rows, v=values_OI, s=scale_PQ: dequantize_into(v, s, target_OI, b),
-                lambda b=block_rows, v=values_OI, s=scale_PQ: dequantize_reference(v, s, b),
+                partial(fp8_block._dequantize, values_OI, scale_PQ, block_rows, torch.bfloat16),
+                partial(dequantize_into, values_OI, scale_PQ, target_OI, block_rows),
+                partial(dequantize_reference, values_OI, scale_PQ, block_rows),
             ),
         }
         for operation, (own, alone, plain) in calls.items():
             copy_seconds = (
-                best(lambda: target_OI.copy_(weight_OI), device, repeats) * 3 / 4
+                best(partial(target_OI.copy_, weight_OI), device, repeats) * 3 / 4
             )  # 4 bytes an element
             seconds = [best(call, device, n) for call, n in ((own, repeats), (alone, repeats), (plain, 2))]
             rate = [3e-9 * weight_OI.numel() / s for s in (*seconds, copy_seconds)]
@@ -77,10 +78,10 @@ def run(device: str, repeats: int = 9) -> list[dict]:
 
 def quantize_into(weight_OI: Any, values_OI: Any, scale_PQ: Any, block_rows: int) -> None:
     if weight_OI.device.type == "cpu":
-        from r1mega_kernels import _C
+        import r1mega_kernels._C as compiled
 
         arrays = fp8_block._array(weight_OI), fp8_block._array(values_OI), scale_PQ.numpy()
-        _C.fp8_quantize(*arrays, block_rows)
+        compiled.fp8_quantize(*arrays, block_rows)
     else:
         from r1mega_kernels.fp8_block import kernel
 
@@ -89,9 +90,11 @@ def quantize_into(weight_OI: Any, values_OI: Any, scale_PQ: Any, block_rows: int
 
 def dequantize_into(values_OI: Any, scale_PQ: Any, out_OI: Any, block_rows: int) -> None:
     if values_OI.device.type == "cpu":
-        from r1mega_kernels import _C
+        import r1mega_kernels._C as compiled
 
-        _C.fp8_dequantize(fp8_block._array(values_OI), scale_PQ.numpy(), fp8_block._array(out_OI), block_rows)
+        compiled.fp8_dequantize(
+            fp8_block._array(values_OI), scale_PQ.numpy(), fp8_block._array(out_OI), block_rows
+        )
     else:
         from r1mega_kernels.fp8_block import kernel
 

@@ -16,7 +16,7 @@ from r1mega_kernels.fp8_block.reference import BLOCK, LARGEST, SMALLEST_AMAX
 
 ROWS = {BLOCK: 128, 1: 16}
 """Rows of a matrix that one program takes, per height of a block."""
-_DIVISIBLE = ("matrix", "values", "scale", "I")
+_DIVISIBLE = ("matrix", "values", "scale", "num_columns")
 
 
 def quantize(matrix_OI: Tensor, values_OI: Tensor, scale_PQ: Tensor, block_rows: int) -> None:
@@ -50,15 +50,15 @@ def scale_of(amax, LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    matrix, values, scale, O, I, Q, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    matrix, values, scale, num_rows, num_columns, Q, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one column block: one scale for all of them, or one each where BLOCK_ROWS is 1."""
     row_block, q = tl.program_id(0) // Q, tl.program_id(0) % Q
     rows_R = row_block * ROWS + tl.arange(0, ROWS)
     columns_C = q * BLOCK + tl.arange(0, BLOCK)
-    at = rows_R[:, None].to(tl.int64) * I + columns_C[None, :]
-    inside = (rows_R[:, None] < O) & (columns_C[None, :] < I)
+    at = rows_R[:, None].to(tl.int64) * num_columns + columns_C[None, :]
+    inside = (rows_R[:, None] < num_rows) & (columns_C[None, :] < num_columns)
     x = tl.load(matrix + at, mask=inside, other=0.0).to(tl.float32)
     amax_R = tl.max(tl.abs(x), axis=1)
     if BLOCK_ROWS > 1:
@@ -66,21 +66,21 @@ def quantize_kernel(
     scale_R = scale_of(amax_R, LARGEST, SMALLEST_AMAX)
     rounded = tl.div_rn(x, tl.broadcast_to(scale_R[:, None], (ROWS, BLOCK)))
     tl.store(values + at, rounded.to(values.dtype.element_ty), mask=inside)
-    first = (rows_R < O) & (rows_R % BLOCK_ROWS == 0)
+    first = (rows_R < num_rows) & (rows_R % BLOCK_ROWS == 0)
     tl.store(scale + (rows_R // BLOCK_ROWS).to(tl.int64) * Q + q, scale_R, mask=first)
 
 
 @triton.jit
 def dequantize_kernel(
-    matrix, values, scale, O, I, Q, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    matrix, values, scale, num_rows, num_columns, Q, BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
 ):  # fmt: skip
     row_block, q = tl.program_id(0) // Q, tl.program_id(0) % Q
     rows_R = row_block * ROWS + tl.arange(0, ROWS)
     columns_C = q * BLOCK + tl.arange(0, BLOCK)
-    at = rows_R[:, None].to(tl.int64) * I + columns_C[None, :]
-    inside = (rows_R[:, None] < O) & (columns_C[None, :] < I)
-    scale_R = tl.load(scale + (rows_R // BLOCK_ROWS).to(tl.int64) * Q + q, mask=rows_R < O, other=0.0)
+    at = rows_R[:, None].to(tl.int64) * num_columns + columns_C[None, :]
+    inside = (rows_R[:, None] < num_rows) & (columns_C[None, :] < num_columns)
+    scale_R = tl.load(scale + (rows_R // BLOCK_ROWS).to(tl.int64) * Q + q, mask=rows_R < num_rows, other=0.0)
     x = tl.load(values + at, mask=inside, other=0.0).to(tl.float32) * scale_R[:, None]
     tl.store(matrix + at, x.to(matrix.dtype.element_ty), mask=inside)
 
@@ -95,8 +95,8 @@ def ahead_of_time() -> list[AheadOfTime]:
                 "matrix": f"*{dtype}",
                 "values": "*fp8e4nv",
                 "scale": "*fp32",
-                "O": "i32",
-                "I": "i32",
+                "num_rows": "i32",
+                "num_columns": "i32",
                 "Q": "i32",
             },
             constants={

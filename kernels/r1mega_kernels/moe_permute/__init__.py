@@ -93,7 +93,10 @@ def sort_by_expert(
         num_rows = int(padded(counts_E, multiple).sum())
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}")
-    return Permutation(*torch.ops.r1mega.moe_slots(indices_TK, num_experts, multiple, num_rows), multiple)
+    row_of_pair_TK, pair_of_row_N, tokens_per_expert_E = torch.ops.r1mega.moe_slots(
+        indices_TK, num_experts, multiple, num_rows
+    )
+    return Permutation(row_of_pair_TK, pair_of_row_N, tokens_per_expert_E, multiple)
 
 
 def permute(tokens_TD: Tensor, permutation: Permutation) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1mega_kernels import _C
+import r1mega_kernels._C as cpp
 from r1mega_kernels.moe_permute import reference
 from r1mega_kernels.moe_permute.reference import indices, permute_fp8, unpermute_backward
 
@@ -22,7 +22,7 @@ def slots(
     row_of_pair_TK = torch.empty_like(indices_TK, dtype=torch.int32)
     pair_of_row_N = torch.empty(num_rows, dtype=torch.int32)
     count_E = torch.empty(num_experts, dtype=torch.int64)
-    sort = _C.moe_slots_int32 if indices_TK.dtype == torch.int32 else _C.moe_slots_int64
+    sort = cpp.moe_slots_int32 if indices_TK.dtype == torch.int32 else cpp.moe_slots_int64
     outputs = (row_of_pair_TK, pair_of_row_N, count_E)
     sizes = (indices_TK.numel(), num_experts, multiple, num_rows)
     needed = sort(indices_TK.data_ptr(), *sizes, *(output.data_ptr() for output in outputs))
@@ -35,7 +35,7 @@ def permute(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor) ->
     num_rows, hidden_size = len(pair_of_row_N), tokens_TD.shape[1]
     rows_ND = tokens_TD.new_empty(num_rows, hidden_size)
     sizes = (num_rows, max(row_of_pair_TK.shape[1], 1), hidden_size * tokens_TD.element_size())
-    _C.moe_permute(tokens_TD.data_ptr(), pair_of_row_N.data_ptr(), *sizes, rows_ND.data_ptr())
+    cpp.moe_permute(tokens_TD.data_ptr(), pair_of_row_N.data_ptr(), *sizes, rows_ND.data_ptr())
     return rows_ND
 
 
@@ -44,7 +44,7 @@ def unpermute(rows_ND: Tensor, row_of_pair_TK: Tensor, weights_TK: Tensor | None
         return reference.unpermute(rows_ND, row_of_pair_TK, weights_TK)
     tokens_TD = rows_ND.new_empty(len(row_of_pair_TK), rows_ND.shape[1])
     weights = None if weights_TK is None else weights_TK.float()
-    _C.moe_unpermute(
+    cpp.moe_unpermute(
         rows_ND.data_ptr(),
         row_of_pair_TK.data_ptr(),
         0 if weights is None else weights.data_ptr(),
