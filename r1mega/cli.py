@@ -119,9 +119,20 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         choices=[
-            "step", "rewards", "schedule", "layouts", "kernels", "packing", "linear_logprob", "grpo_loss", "grouped_topk",
-            "moe_permute", "fp8_block", "eplb", "all",
-        ],  # fmt: skip
+            "step",
+            "rewards",
+            "schedule",
+            "layouts",
+            "kernels",
+            "packing",
+            "linear_logprob",
+            "grpo_loss",
+            "grouped_topk",
+            "moe_permute",
+            "fp8_block",
+            "eplb",
+            "all",
+        ],
     )
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
     bench.add_argument(

@@ -34,14 +34,19 @@ void check(const int64_t* lengths, size_t num_sequences, int64_t capacity, int64
   }
 }
 
+struct Sorted {
+  std::vector<int32_t> order;
+  std::vector<int32_t> end;  // end[c]: past the last sequence of length capacity - c
+};
+
 // Sequence indices by falling length, ties by rising index (counting sort).
-std::vector<int32_t> by_falling_length(const int64_t* lengths, size_t num_sequences, int64_t capacity) {
+Sorted by_falling_length(const int64_t* lengths, size_t num_sequences, int64_t capacity) {
   std::vector<int32_t> first(static_cast<size_t>(capacity) + 2, 0);  // first[c]: slot of length capacity - c
   for (size_t i = 0; i < num_sequences; ++i) ++first[capacity - lengths[i] + 1];
   for (size_t c = 1; c < first.size(); ++c) first[c] += first[c - 1];
   std::vector<int32_t> order(num_sequences);
   for (size_t i = 0; i < num_sequences; ++i) order[first[capacity - lengths[i]]++] = static_cast<int32_t>(i);
-  return order;
+  return {std::move(order), std::move(first)};
 }
 
 struct Bin {
@@ -116,21 +121,22 @@ int64_t split_to_multiple(const std::vector<int32_t>& order, const int64_t* leng
 
 Packing pack_best_fit(const int64_t* lengths, size_t num_sequences, int64_t capacity, int64_t num_ranks) {
   check(lengths, num_sequences, capacity, num_ranks);
-  const std::vector<int32_t> order = by_falling_length(lengths, num_sequences, capacity);
+  const auto [order, end] = by_falling_length(lengths, num_sequences, capacity);
   std::vector<int32_t> bin_of_sequence(num_sequences);
   CapacityIndex open_bins(capacity, num_sequences);
   int32_t num_bins = 0;
-  for (size_t next = 0; next < num_sequences;) {
-    const int64_t length = lengths[order[next]];
-    const int64_t fit = open_bins.smallest_at_least(length);
-    const int32_t bin = fit < 0 ? num_bins++ : open_bins.pop(fit);
-    int64_t remaining = fit < 0 ? capacity : fit;
-    // As long as the bin takes another sequence of this length it stays the best fit: nothing lay between.
-    do {
-      bin_of_sequence[order[next++]] = bin;
-      remaining -= length;
-    } while (remaining >= length && next < num_sequences && lengths[order[next]] == length);
-    open_bins.push(bin, remaining);
+  for (int64_t length = capacity, next = 0; length > 0; --length) {
+    for (const int32_t last = end[capacity - length]; next < last;) {
+      const int64_t fit = open_bins.smallest_at_least(length);
+      const int32_t bin = fit < 0 ? num_bins++ : open_bins.pop(fit);
+      int64_t remaining = fit < 0 ? capacity : fit;
+      // As long as the bin takes another sequence of this length it stays the best fit: nothing lay between.
+      do {
+        bin_of_sequence[order[next++]] = bin;
+        remaining -= length;
+      } while (remaining >= length && next < last);
+      open_bins.push(bin, remaining);
+    }
   }
   const int64_t rounded = split_to_multiple(order, lengths, num_ranks, num_bins, bin_of_sequence);
   return {std::move(bin_of_sequence), rounded};

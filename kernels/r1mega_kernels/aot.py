@@ -97,15 +97,14 @@ def compile_for_sm90(specification: AheadOfTime) -> Compiled:
 
 
 def all_kernels() -> list[AheadOfTime]:
+    from r1mega_kernels.fp8_block import kernel as fp8_block
     from r1mega_kernels.grouped_topk import kernel as grouped_topk
     from r1mega_kernels.grpo_loss import kernel as grpo_loss
     from r1mega_kernels.linear_logprob import kernel as linear_logprob
+    from r1mega_kernels.moe_permute import kernel as moe_permute
 
-    return [
-        *linear_logprob.ahead_of_time(),
-        *grpo_loss.ahead_of_time(),
-        *grouped_topk.ahead_of_time(),
-    ]
+    modules = (linear_logprob, grpo_loss, grouped_topk, moe_permute, fp8_block)
+    return [kernel for module in modules for kernel in module.ahead_of_time()]
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

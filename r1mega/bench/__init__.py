@@ -10,6 +10,8 @@ linear_logprob   the fused head (r1mega_kernels/linear_logprob)
 grpo_loss        the head with the loss and its gradients (r1mega_kernels/grpo_loss)
 eplb             replicas of hot experts, placed on GPUs (r1mega_kernels/eplb)
 grouped_topk     the gate (r1mega_kernels/grouped_topk)
+moe_permute      tokens to their experts and back (r1mega_kernels/moe_permute)
+fp8_block        fp8 with scales of blocks (r1mega_kernels/fp8_block)
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ KERNEL_BENCHES = {
     "grpo_loss": "r1mega_kernels.grpo_loss.bench_grpo_loss",
     "eplb": "r1mega_kernels.eplb.bench_eplb",
     "grouped_topk": "r1mega_kernels.grouped_topk.bench_grouped_topk",
+    "moe_permute": "r1mega_kernels.moe_permute.bench_moe_permute",
+    "fp8_block": "r1mega_kernels.fp8_block.bench_fp8_block",
 }
 """Programs with an option --json FILE."""
 RESPONSES = ("varying", "uniform", "both")
@@ -49,7 +53,10 @@ def run(
     """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`."""
     if responses not in RESPONSES:
         raise ConfigError(f"--responses {responses}: it is one of {', '.join(RESPONSES)}")
-    groups = {"all": ["step", "rewards", "schedule", "layouts", *KERNEL_BENCHES], "kernels": [*KERNEL_BENCHES]}
+    groups = {
+        "all": ["step", "rewards", "schedule", "layouts", *KERNEL_BENCHES],
+        "kernels": [*KERNEL_BENCHES],
+    }
     chosen = groups.get(what, [what])
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen:

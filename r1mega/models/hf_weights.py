@@ -1,7 +1,8 @@
 """Weights between Hugging Face checkpoints, Megatron's parameters and the rollout engines, by one table.
 
-Import reads only this process's part of each tensor. Export and sync gather whole tensors, one at a time, in
-the table's order on every rank. Export is bit-exact to import.
+Import reads only this process's part of each tensor. Weights in fp8 with a scale for each block of 128 x 128, as
+DeepSeek-V3's are, become numbers on the way in (r1mega_kernels.fp8_block). Export and sync gather whole tensors, one at a
+time, in the table's order on every rank. Export is bit-exact to import.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from r1mega.models.hf_config import load_hf_config
 from r1mega.models.weight_table import Region, Weight, regions
 from r1mega.parallel.mesh import Mesh, current_mesh
 from r1mega.platforms import parameter_device
+from r1mega_kernels.fp8_block import BLOCK, dequantize_weight
 
 if TYPE_CHECKING:
     from r1mega.models.trunk import Trunk
@@ -41,6 +43,9 @@ __all__ = [
 INDEX = "model.safetensors.index.json"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers of old checkpoints that the config determines."""
+SCALE = "_scale_inv"
+"""A fp8 tensor's scales have its name with this after it."""
+FP8 = "F8_E4M3"
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -105,13 +110,13 @@ def _files_of(path: Path) -> dict[str, Path]:
 def import_hf(
     model: Trunk, path: str | Path, *, unread: tuple[str, ...] = (), may_lack: tuple[str, ...] = ()
 ) -> list[str]:
-    """Fill the model from the safetensors in `path`, converting dtypes to the model's.
+    """Fill the model from the safetensors in `path`, converting dtypes to the model's. A fp8 tensor X needs X_scale_inv.
 
     unread: prefixes of tensors that the directory may have and this model has no use for.
     may_lack: tensors that the directory need not have; absent ones are set to their row's constant, and
     their names returned.
     Raises FileNotFoundError without weights there; ValueError, before anything is read, when tensors are
-    missing, unexpected or of another shape, with how many and the first names.
+    missing, unexpected, of another shape, or fp8 without fitting scales, with how many and the first names.
     """
     path = Path(path)
     files = _files_of(path)
@@ -125,16 +130,46 @@ def import_hf(
     slices = {
         region.hf_name: handles[files[region.hf_name]].get_slice(region.hf_name) for _, region, _ in held
     }
+    scales: dict[str, Any] = {}
+    for name in [
+        name for name, tensor in slices.items() if name + SCALE in files or tensor.get_dtype() == FP8
+    ]:
+        if name + SCALE not in files:
+            raise ValueError(f"{path}: {name} is {FP8}, and its scales {name + SCALE} are missing")
+        file = files[name + SCALE]
+        scales[name] = handles.setdefault(file, safe_open(file, framework="pt")).get_slice(name + SCALE)
     _check_shapes(path, slices, [region for _, region, _ in held])
+    _check_scales(path, slices, scales, model.hf_config.get("quantization_config") or {})
     for _, region, part in held:
-        span = slice(region.start, region.start + region.length)
         read = slices[region.hf_name]
-        part.copy_((read[span] if region.dim == 0 else read[:, span]).reshape(part.shape))
+        if region.hf_name in scales:
+            whole = _dequantized(path, read, scales[region.hf_name], region, part)
+        else:
+            whole = _span(read, region.dim, region.start, region.start + region.length)
+        part.copy_(whole.reshape(part.shape))
     for weight, region, part in _held(model, current_mesh()):
         if region.hf_name in absent:
             assert weight.constant is not None, f"{region.hf_name} has no value to start from"
             part.fill_(weight.constant)
     return absent
+
+
+def _span(read: Any, dim: int, start: int, end: int) -> Tensor:
+    return read[start:end] if dim == 0 else read[:, start:end]
+
+
+def _dequantized(path: Path, read: Any, scale: Any, region: Region, like: Tensor) -> Tensor:
+    """The region's numbers, on the device of `like`, where the arithmetic is done."""
+    first, end = region.start // BLOCK, region.start + region.length
+    scale_PQ = _span(scale, region.dim, first, -(-end // BLOCK))
+    if not bool((scale_PQ.isfinite() & (scale_PQ >= 0)).all()):
+        raise ValueError(f"{path}: {region.hf_name + SCALE} has values that are negative, infinite or NaN")
+    values_OI = _span(read, region.dim, first * BLOCK, end)  # from the start of a block
+    dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
+    whole = dequantize_weight(
+        values_OI.to(like.device).contiguous(), scale_PQ.to(like.device).contiguous(), dtype
+    )
+    return whole.narrow(region.dim, region.start - first * BLOCK, region.length)
 
 
 def _check_names(
@@ -147,6 +182,7 @@ def _check_names(
         allowed.update(weight.copies)
         for name in weight.hf:
             expected.update([name.format(expert=e) for e in experts] if "{expert}" in name else [name])
+    allowed.update(name + SCALE for name in expected | allowed)
     found = {name for name in files if not name.endswith(IGNORED_SUFFIXES) and not name.startswith(unread)}
     problems = []
     missing = expected - found - set(absent)
@@ -165,7 +201,7 @@ def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> Non
     wrong = []
     for region in held:
         shape, dtype = tuple(slices[region.hf_name].get_shape()), slices[region.hf_name].get_dtype()
-        if dtype not in ("F32", "BF16", "F16", "F64"):
+        if dtype not in ("F32", "BF16", "F16", "F64", FP8):
             raise ValueError(
                 f"{path}: {region.hf_name} has dtype {dtype}; convert the checkpoint to BF16 first"
             )
@@ -175,6 +211,30 @@ def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> Non
         raise ValueError(
             f"{path} does not fit its config.json: {len(wrong)} misshaped tensors, first {min(wrong)}"
         )
+
+
+def _check_scales(
+    path: Path, slices: dict[str, Any], scales: dict[str, Any], quantization: dict[str, Any]
+) -> None:
+    size = quantization.get("weight_block_size") or [BLOCK, BLOCK]
+    if scales and size != [BLOCK, BLOCK]:
+        raise ValueError(
+            f"{path}: weight_block_size is {size} in config.json; only {[BLOCK, BLOCK]} is supported"
+        )
+    for name, scale in scales.items():
+        shape, dtype = slices[name].get_shape(), slices[name].get_dtype()
+        if dtype != FP8:
+            raise ValueError(f"{path}: {name} has scales, {name + SCALE}, and is {dtype}, not {FP8}")
+        if len(shape) != 2:
+            raise ValueError(
+                f"{path}: {name} is {FP8} and {list(shape)}; only matrices have blocks of scales"
+            )
+        blocks = [-(-size // BLOCK) for size in shape]
+        if list(scale.get_shape()) != blocks or scale.get_dtype() != "F32":
+            raise ValueError(
+                f"{path}: {name + SCALE} is {scale.get_dtype()} {list(scale.get_shape())}; blocks of {BLOCK} x "
+                f"{BLOCK} of {list(shape)} need F32 {blocks}"
+            )
 
 
 # ---------------------------------------------------------------- export and sync

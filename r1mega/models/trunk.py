@@ -33,6 +33,7 @@ from r1mega.config import ModelConfig, ParallelConfig
 from r1mega.models import deepseek_v3, dense, hf_weights, rotation
 from r1mega.models.attention import PackedSequences, packed_sequences
 from r1mega.models.balance import tell_routers
+from r1mega.models.dispatch import replace_dispatchers
 from r1mega.models.hf_config import check_model_type
 from r1mega.models.layers import norm_module
 from r1mega.models.weight_table import Weight
@@ -246,6 +247,7 @@ def assemble(
     built.weight_table = list(_rows_of(part, built))
     _share_rotation(built, hf_config)
     tell_routers(built)
+    replace_dispatchers(built)
     _mark_split_weights(built)
     return built
 

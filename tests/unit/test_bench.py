@@ -14,6 +14,7 @@ from r1mega.bench import model, step
 from r1mega.bench.machine import machine
 from r1mega.bench.processes import Measured, round_together
 from r1mega.bench.training_alone import TrainerAlone, TransformersAlone
+from r1mega.cli import main
 from r1mega.config import ConfigError
 from r1mega.data.packing import pack
 from r1mega.samples import Sample
@@ -132,6 +133,13 @@ def test_a_reference_that_cannot_start_says_why(tmp_path):
 def test_kernel_benchmarks_exist():
     for module in bench.KERNEL_BENCHES.values():
         assert importlib.util.find_spec(module), module
+
+
+def test_the_command_line_offers_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    offered = capsys.readouterr().out
+    assert all(name in offered for name in ("step", "kernels", "all", *bench.KERNEL_BENCHES))
 
 
 def test_machine_facts_are_json_with_versions():

@@ -190,13 +190,128 @@ def drop(*names):
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}), "has dtype I32"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
-            "model.norm.weight has dtype F8_E4M3; convert",
+            "model.norm.weight is F8_E4M3, and its scales model.norm.weight_scale_inv are missing",
         ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(change, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         broken(tmp_path, change)
+
+
+FP8_CONFIG = {
+    **CONFIGS["deepseek_v3"],
+    "hidden_size": 160,  # one block of 128 and a part of one, as are 144 and 3 x 56
+    "intermediate_size": 144,
+    "moe_intermediate_size": 56,
+    "n_shared_experts": 3,
+}
+SHARED = "model.layers.1.mlp.shared_experts.gate_proj.weight"
+
+
+def in_fp8(tensors):
+    """Quantise what DeepSeek-V3's checkpoints have in fp8, and return what it stands for, by plain arithmetic."""
+    from r1mega_kernels.fp8_block import quantize_weight
+
+    numbers = dict(tensors)
+    for name, weight in list(tensors.items()):
+        if name.endswith("_proj.weight") and not name.endswith("eh_proj.weight"):
+            values, scale = quantize_weight(weight.float())
+            rows, columns = weight.shape
+            numbers[name] = torch.empty(rows, columns)
+            for i in range(0, rows, 128):
+                for j in range(0, columns, 128):
+                    block = values[i : i + 128, j : j + 128].float() * scale[i // 128, j // 128]
+                    numbers[name][i : i + 128, j : j + 128] = block
+            tensors[name], tensors[name + "_scale_inv"] = values, scale
+    assert SHARED + "_scale_inv" in tensors
+    assert tensors[SHARED].shape == (168, 160)
+    return numbers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_fp8_is_read_as_the_numbers_it_stands_for(dtype, tmp_path):
+    from r1mega.models.hf_weights import export_hf, import_hf
+
+    exported(FP8_CONFIG, tmp_path, dtype=dtype)
+    tensors = all_tensors(tmp_path / "model")
+    numbers = in_fp8(tensors)
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "fp8").mkdir()
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    model = built(FP8_CONFIG | {"quantization_config": quantization}, dtype=dtype)
+    import_hf(model, tmp_path / "fp8")
+    export_hf(model, tmp_path / "model", tmp_path / "source")
+    written = all_tensors(tmp_path / "model")
+    assert written.keys() == numbers.keys()
+    for name, tensor in written.items():
+        assert tensor.dtype != torch.float8_e4m3fn
+        assert torch.equal(tensor, numbers[name].to(tensor.dtype)), name
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+
+
+def test_a_part_of_a_fp8_tensor_may_start_inside_a_block(tmp_path):
+    """As tensor ranks of a layer whose rows are not a multiple of 128 read it."""
+    from safetensors import safe_open
+
+    from r1mega.models.hf_weights import _dequantized
+    from r1mega.models.weight_table import Region
+    from r1mega_kernels.fp8_block import dequantize_weight, quantize_weight
+
+    values, scale = quantize_weight(torch.randn(300, 290))
+    save_file({"w": values, "w_scale_inv": scale}, tmp_path / "file")
+    whole = dequantize_weight(values, scale, torch.float32)
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        for dim, start, length in ((0, 100, 100), (0, 200, 100), (1, 0, 145), (1, 145, 145), (0, 128, 128)):
+            region = Region("w", (300, 290), dim, start, length, (), (), "tensor")
+            slices = file.get_slice("w"), file.get_slice("w_scale_inv")
+            part = _dequantized(tmp_path, *slices, region, torch.empty(0))
+            assert torch.equal(part, whole.narrow(dim, start, length))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (drop(SHARED + "_scale_inv"), "gate_proj.weight is F8_E4M3, and its scales .*scale_inv are missing"),
+        (
+            lambda t: t.update({SHARED + "_scale_inv": torch.ones(1, 2)}),
+            r"scale_inv is F32 \[1, 2\]; blocks of 128 x 128 of \[168, 160\] need F32 \[2, 2\]",
+        ),
+        (
+            lambda t: t.update({SHARED + "_scale_inv": torch.ones(2, 2).half()}),
+            r"is F16 \[2, 2\]; .* need F32",
+        ),
+        (
+            lambda t: t.update({SHARED + "_scale_inv": torch.full((2, 2), torch.nan)}),
+            "scale_inv has values that are negative, infinite or NaN",
+        ),
+        (
+            lambda t: t.update({SHARED: t[SHARED].float()}),
+            "has scales, .*_scale_inv, and is F32, not F8_E4M3",
+        ),
+        (
+            lambda t: t.update({"model.extra_scale_inv": torch.ones(1)}),
+            "1 unexpected tensors, first model.extra",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "model.norm.weight": torch.ones(160).to(torch.float8_e4m3fn),
+                    "model.norm.weight_scale_inv": torch.ones(2),
+                }
+            ),
+            r"model.norm.weight is F8_E4M3 and \[160\]; only matrices",
+        ),
+    ],
+)
+def test_a_fp8_checkpoint_without_fitting_scales_is_refused_by_name(change, match, tmp_path):
+    def to_fp8(tensors):
+        in_fp8(tensors)
+        change(tensors)
+
+    with pytest.raises(ValueError, match=match):
+        broken(tmp_path, to_fp8, FP8_CONFIG)
 
 
 def test_copies_of_tied_tensors_need_not_be_there(tmp_path):

@@ -1,0 +1,136 @@
+"""fp8_block beside plain torch and a copy of the same bytes.
+
+    python -m r1mega_kernels.fp8_block.bench_fp8_block [--device cpu|cuda] [--json FILE]
+
+Correctness first: bytes and numbers are compared with the reference's before anything is timed. GB/s count what is read
+and written: 3 bytes an element between fp8 and bfloat16. Two times: with a fresh output, as users call it (on CPU most of
+that is the kernel's clearing of fresh pages), and the conversion alone. On CPU: CPU time, best of many; on a GPU the
+median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega_kernels import fp8_block
+from r1mega_kernels.fp8_block import dequantize_reference, quantize_reference
+
+SHAPES = {"cpu": (4096, 7168), "cuda": (18432, 7168)}
+"""cuda: a dense layer's projection in DeepSeek-V3."""
+
+
+def run(device: str, repeats: int = 9) -> list[dict]:
+    """Prints the table and returns its rows."""
+    weight_OI = torch.randn(SHAPES[device], device=device).bfloat16()
+    print(
+        f"fp8_block on {device}, {list(weight_OI.shape)}, bfloat16, {torch.get_num_threads()} threads; GB/s"
+    )
+    print(
+        f"{'operation':22}{'blocks':>11}{'own':>8}{'alone':>8}{'copy':>8}{'alone/copy':>12}{'torch':>8}{'own/torch':>11}"
+    )
+    rows = []
+    target_OI = torch.empty_like(weight_OI)
+    for block_rows in (fp8_block.BLOCK, 1):
+        values_OI, scale_PQ = fp8_block._quantize(weight_OI, block_rows)
+        expected_OI, expected_PQ = quantize_reference(weight_OI, block_rows)
+        assert torch.equal(values_OI.view(torch.uint8), expected_OI.view(torch.uint8))
+        assert torch.equal(scale_PQ, expected_PQ)
+        back_OI = fp8_block._dequantize(values_OI, scale_PQ, block_rows, torch.bfloat16)
+        assert torch.equal(back_OI, dequantize_reference(values_OI, scale_PQ, block_rows))
+        calls: dict[str, tuple[Callable[[], Any], ...]] = {
+            "quantise": (
+                partial(fp8_block._quantize, weight_OI, block_rows),
+                partial(quantize_into, weight_OI, values_OI, scale_PQ, block_rows),
+                partial(quantize_reference, weight_OI, block_rows),
+            ),
+            "dequantise": (
+                partial(fp8_block._dequantize, values_OI, scale_PQ, block_rows, torch.bfloat16),
+                partial(dequantize_into, values_OI, scale_PQ, target_OI, block_rows),
+                partial(dequantize_reference, values_OI, scale_PQ, block_rows),
+            ),
+        }
+        for operation, (own, alone, plain) in calls.items():
+            copy_seconds = (
+                best(partial(target_OI.copy_, weight_OI), device, repeats) * 3 / 4
+            )  # 4 bytes an element
+            seconds = [best(call, device, n) for call, n in ((own, repeats), (alone, repeats), (plain, 2))]
+            rate = [3e-9 * weight_OI.numel() / s for s in (*seconds, copy_seconds)]
+            names = ("own", "own_without_allocation", "torch", "copy")
+            rows.append(
+                {"operation": operation, "block_rows": block_rows, "device": device, "shape": SHAPES[device]}
+            )
+            rows[-1] |= {f"{name}_gb_per_second": value for name, value in zip(names, rate, strict=True)}
+            print(
+                f"{operation:22}{f'{block_rows} x 128':>11}{rate[0]:8.1f}{rate[1]:8.1f}{rate[3]:8.1f}"
+                f"{rate[1] / rate[3]:12.2f}{rate[2]:8.2f}{rate[0] / rate[2]:10.1f}x"
+            )
+    return rows
+
+
+def quantize_into(weight_OI: Any, values_OI: Any, scale_PQ: Any, block_rows: int) -> None:
+    if weight_OI.device.type == "cpu":
+        import r1mega_kernels._C as compiled
+
+        arrays = fp8_block._array(weight_OI), fp8_block._array(values_OI), scale_PQ.numpy()
+        compiled.fp8_quantize(*arrays, block_rows)
+    else:
+        from r1mega_kernels.fp8_block import kernel
+
+        kernel.quantize(weight_OI, values_OI, scale_PQ, block_rows)
+
+
+def dequantize_into(values_OI: Any, scale_PQ: Any, out_OI: Any, block_rows: int) -> None:
+    if values_OI.device.type == "cpu":
+        import r1mega_kernels._C as compiled
+
+        compiled.fp8_dequantize(
+            fp8_block._array(values_OI), scale_PQ.numpy(), fp8_block._array(out_OI), block_rows
+        )
+    else:
+        from r1mega_kernels.fp8_block import kernel
+
+        kernel.dequantize(values_OI, scale_PQ, out_OI, block_rows)
+
+
+def best(call: Callable[[], Any], device: str, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        start = _seconds(device)
+        call()
+        seconds.append(_seconds(device) - start)
+    return min(seconds[1:]) if device == "cpu" else statistics.median(seconds[1:])
+
+
+def _seconds(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    args = parser.parse_args()
+    rows = run(args.device, args.repeats)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How tokens reach their experts: Megatron's dispatchers, sorting tokens by r1mega_kernels.moe_permute.
+
+Megatron's own sort writes a token's outputs back by a scatter whose order a GPU does not fix, and in the outputs' dtype;
+here a token gathers its rows, in the order of its experts, and adds them in float32. In float32 on a CPU both give the
+same bits. Communication, and the exchange of whole chunks after an all-to-all, are Megatron's.
+
+Dims: T tokens (of this process), E experts, K experts of a token, N rows, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
+from torch import Tensor
+
+from r1mega_kernels.moe_permute import indices_of, permute, permute_values, sort_by_expert, unpermute
+
+
+class AllToAll(MoEAlltoAllTokenDispatcher):
+    """Every token goes to exactly `moe_router_topk` experts: the number of rows is known without asking the device."""
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(rows_ND, probs_N) for the all-to-all, sorted by expert. routing_map bool and probs: [T, E]."""
+        self.hidden_shape, self.routing_map, self.probs = hidden_states.shape, routing_map, probs
+        tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+        counts_E = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts_E)
+        indices_TK = indices_of(routing_map, self.config.moe_router_topk)
+        self.permutation = sort_by_expert(indices_TK, self.num_experts)
+        probs_TK = probs.gather(1, indices_TK.long())
+        return permute(tokens_TD, self.permutation), permute_values(probs_TK, self.permutation)
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        """Each token's sum over its experts, in the shape that the hidden states had."""
+        return unpermute(permutated_local_input_tokens, self.permutation).view(self.hidden_shape)
+
+
+class AllGather(MoEAllGatherTokenDispatcher):
+    """Every rank has all tokens and takes those of its experts."""
+
+    routing_map: Tensor | None
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows_ND, tokens per local expert on the host, probs_N). hidden_states [T, D] and probs [T, E] of all."""
+        assert self.routing_map is not None
+        first, num_local = self.local_expert_indices[0], self.num_local_experts
+        map_TE = self.routing_map[:, first : first + num_local].contiguous()
+        counts_E = map_TE.sum(dim=0).cpu()
+        indices_TK = indices_of(map_TE, min(self.router_topk, num_local))
+        self.permutation = sort_by_expert(indices_TK, num_local, num_rows=int(counts_E.sum()))
+        self.local_probs = probs[:, first : first + num_local]
+        probs_TK = self.local_probs.gather(1, indices_TK.long().clamp(min=0))
+        self.routing_map = None
+        return permute(hidden_states, self.permutation), counts_E, permute_values(probs_TK, self.permutation)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        return unpermute(hidden_states, self.permutation)
+
+
+DISPATCHERS: dict[str, Any] = {"alltoall": AllToAll, "allgather": AllGather}
+"""By Megatron's `moe_token_dispatcher_type`."""
+
+
+def replace_dispatchers(model: torch.nn.Module) -> None:
+    """Megatron's MoE layer names its dispatchers itself and offers no place to pass one."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            given = layer.token_dispatcher
+            groups = ProcessGroupCollection(
+                ep=given.ep_group, expt_tp=given.tp_group, tp_ep=given.tp_ep_group
+            )
+            own = DISPATCHERS[layer.config.moe_token_dispatcher_type]
+            layer.token_dispatcher = own(
+                layer.num_local_experts, layer.local_expert_indices, layer.config, groups
+            )
