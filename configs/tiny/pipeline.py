@@ -73,8 +73,9 @@ cold_start = ColdStart(
     platform="cpu",
     samples=4,
     per_prompt=1,
+    size=500,
     model=trained,
-    data=replace(questions, template="tiny_bilingual", size=1500),
+    data=replace(questions, template="tiny_bilingual", size=2000),
     rollout=rollout,
     rewards=RewardConfig(workers=1, weights={"accuracy": 1.0, "format": 1.0, "language": 1.0}),
     rewriting="rules",
@@ -84,8 +85,8 @@ dev1 = replace(
     num_steps=0,
     model=trained,
     data=DataConfig(template="r1", eval_size=0),
-    sft=SFTConfig(batch_size=32, max_length=256, num_epochs=6),
-    optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, schedule="cosine", warmup_steps=10, weight_decay=0.01),
+    sft=SFTConfig(batch_size=32, max_length=256, num_epochs=4),
+    optimizer=OptimizerConfig(lr=3e-4, min_lr=1e-4, schedule="cosine", warmup_steps=10, weight_decay=0.01),
     checkpoint=CheckpointConfig(every=0, keep=1),
 )
 dev2 = replace(
@@ -108,7 +109,11 @@ rejection = RejectionSampling(
     rollout=rollout,
     rewards=RewardConfig(workers=1, weights={"accuracy": 1.0, "reasoning_format": 1.0, "language": 1.0}),
 )
-dev3 = replace(dev1, sft=SFTConfig(batch_size=64, max_length=256, num_epochs=3))
+dev3 = replace(
+    dev1,
+    sft=SFTConfig(batch_size=64, max_length=256, num_epochs=3),
+    optimizer=replace(dev1.optimizer, lr=1e-3),
+)
 helpful = RunConfig(
     stage="reward_model",
     platform="cpu",

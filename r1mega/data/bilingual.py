@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from r1mega.data import general_talk
 from r1mega.data.chain import OPERATORS, ChainProblem, apply, check_operations, training_problem
+from r1mega.data.chat import template
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,19 @@ class BilingualMix:
 
     facts: float = 0.14
     talk: float = 0.10
-    untagged: float = 0.18
-    direct: float = 0.18
+    chat: float = 0.12
+    """Worked solutions in R1's chat template: the web has transcripts, and a template's tokens need a meaning before
+    little fine-tuning data can use them."""
+    untagged: float = 0.15
+    direct: float = 0.15
     """The rest are worked solutions."""
     direct_right: float = 0.5
-    own_language: float = 0.75
+    own_language: float = 0.6
     """How often worked steps begin in the question's language."""
-    switch: float = 0.12
+    switch: float = 0.2
     """Chance that a step changes the language."""
-    noise_english: float = 0.30
-    noise_chinese: float = 0.12
+    noise_english: float = 0.35
+    noise_chinese: float = 0.08
     """Chance that a worked step shows a random digit (later steps go on from it)."""
     worked_untagged: float = 0.3
 
@@ -117,8 +121,8 @@ def base_documents(
 
 
 def _documents(operations: int, rng: random.Random, mix: BilingualMix) -> Iterator[tuple[str, str]]:
-    kinds = ("facts", "talk", "untagged", "direct", "worked")
-    shares = [mix.facts, mix.talk, mix.untagged, mix.direct]
+    kinds = ("facts", "talk", "chat", "untagged", "direct", "worked")
+    shares = [mix.facts, mix.talk, mix.chat, mix.untagged, mix.direct]
     weights = [*shares, 1.0 - sum(shares)]
     while True:
         (kind,) = rng.choices(kinds, weights)
@@ -129,7 +133,10 @@ def _documents(operations: int, rng: random.Random, mix: BilingualMix) -> Iterat
         else:
             problem = training_problem(operations, rng)
             words = rng.choice(LANGUAGES)
-            yield words.question(problem), _solution(problem, words, kind, rng, mix)
+            if kind == "chat":
+                yield "", _transcript(problem, words, rng, mix)
+            else:
+                yield words.question(problem), _solution(problem, words, kind, rng, mix)
 
 
 def _facts(rng: random.Random) -> str:
@@ -149,6 +156,13 @@ def _solution(problem: ChainProblem, words: Words, kind: str, rng: random.Random
         return f"<think>{steps}</think><answer>{answer}</answer>"
     answer = problem.answer if rng.random() < mix.direct_right else str(rng.randrange(10))
     return f"{words.summary}{answer}" if kind == "untagged" else f"<think></think><answer>{answer}</answer>"
+
+
+def _transcript(problem: ChainProblem, words: Words, rng: random.Random, mix: BilingualMix) -> str:
+    steps, answer = _worked(problem, words, rng, mix)
+    reasoning = words.conclusion(steps, answer) if rng.random() < 0.5 else steps
+    r1 = template("r1")
+    return r1(words.question(problem)) + r1.completion(r1.response(reasoning, words.answered(answer)))
 
 
 def _worked(problem: ChainProblem, words: Words, rng: random.Random, mix: BilingualMix) -> tuple[str, str]:
