@@ -335,11 +335,11 @@ def ahead_of_time() -> list[AheadOfTime]:
     v3 = {**columns(256, 8), "KEPT": 4, "K": 8, "K_COLUMNS": 8}
     odd = {**columns(21, 7), "KEPT": 2, "K": 3, "K_COLUMNS": 4}
     optional = {"counted": "*i1", **dict.fromkeys(("sequence", "replay", "table", "count"), "*i64")}
-    for name, sizes, given in (
-        ("V3", v3, ("counted",)),
-        ("V3, statistics, replicas", v3, ("counted", "sequence", "table", "count")),
-        ("V3, replay", v3, ("counted", "replay")),
-        ("odd", odd, ("counted", "sequence", "table", "count")),
+    for name, sizes, given, wide in (
+        ("V3", v3, ("counted",), True),
+        ("V3, statistics, replicas", v3, ("counted", "sequence", "table", "count"), True),
+        ("V3, replay", v3, ("counted", "replay"), False),  # gathers the given experts' logits
+        ("odd", odd, ("counted", "sequence", "table", "count"), False),
     ):
         pointers = dict.fromkeys(("logits", "bias", "weight"), "*fp32")
         pointers |= dict.fromkeys(("expert", "slot", "load", "chosen", "share"), "*i64")
@@ -355,6 +355,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 num_warps=1,
                 num_stages=3,
                 tensor_cores=False,
+                wide_loads=wide,
             )
         )
     shape = {"E": 256, "E_COLUMNS": 256, "K": 8, "K_COLUMNS": 8, "NORMALISE": True}
@@ -373,6 +374,7 @@ def ahead_of_time() -> list[AheadOfTime]:
                 num_warps=blocks["num_warps"],
                 num_stages=3,
                 tensor_cores=False,
+                wide_loads=bool(more),  # without shares only the chosen experts' logits are gathered
             )
         )
     return specifications

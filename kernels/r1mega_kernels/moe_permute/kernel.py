@@ -312,11 +312,12 @@ def ahead_of_time() -> list[AheadOfTime]:
     specifications = [
         _ahead(indices_kernel, {"routing": "*u8", "indices": "*i32", "T": "i32", "E": "i32"},
                {"K": 8, "BLOCK_T": MAP_TOKENS, "BLOCK_E": 256}),
-        _ahead(count_kernel, {"indices": "*i64", **counts, "P": "i32", "E": "i32"}, {"STRETCH": STRETCH, "BLOCK_E": 256}),
-        _ahead(scan_kernel, {**counts, "totals": "*i64"}, {"BLOCK": SCANNED}),
+        _ahead(count_kernel, {"indices": "*i64", **counts, "P": "i32", "E": "i32"}, {"STRETCH": STRETCH, "BLOCK_E": 256},
+               wide_loads=False),
+        _ahead(scan_kernel, {**counts, "totals": "*i64"}, {"BLOCK": SCANNED}, wide_loads=False),
         _ahead(start_kernel, {"totals": "*i64", "starts": "*i32", "E": "i32", "multiple": "i32"}, {"BLOCK_E": 256}),
         _ahead(slot_kernel, {"indices": "*i64", **counts, "starts": "*i32", **pairs, "P": "i32", "N": "i32"},
-               {"STRETCH": STRETCH, "COMPARED": COMPARED}, num_warps=8),
+               {"STRETCH": STRETCH, "COMPARED": COMPARED}, num_warps=8, wide_loads=False),
     ]  # fmt: skip
     for dtype in ("bf16", "fp32"):
         matrices = dict.fromkeys(("tokens", "rows", "d_tokens", "d_rows"), f"*{dtype}")
@@ -324,7 +325,7 @@ def ahead_of_time() -> list[AheadOfTime]:
         types = {**pairs, **matrices, **rest}
         specifications += [
             _ahead(permute_kernel, types, eight, dtype),
-            _ahead(fill_kernel, types, {"ROWS": FILLED_ROWS, "HIDDEN": HIDDEN}, dtype),
+            _ahead(fill_kernel, types, {"ROWS": FILLED_ROWS, "HIDDEN": HIDDEN}, dtype, wide_loads=False),
             _ahead(unpermute_kernel, types, eight | {"WEIGHTED": False}, dtype),
             _ahead(unpermute_kernel, types, eight | {"WEIGHTED": True}, f"{dtype}, weighted"),
             _ahead(unpermute_backward_kernel, types, eight, dtype),
@@ -336,8 +337,14 @@ def ahead_of_time() -> list[AheadOfTime]:
 
 
 def _ahead(
-    kernel: object, types: dict[str, str], constants: dict, what: str = "", num_warps: int = 4
+    kernel: object,
+    types: dict[str, str],
+    constants: dict,
+    what: str = "",
+    num_warps: int = 4,
+    wide_loads: bool = True,
 ) -> AheadOfTime:
+    """wide_loads: false for those that read integers here and there, or only write."""
     names = set(kernel.arg_names) - set(constants)  # type: ignore[attr-defined]
     return AheadOfTime(
         name=f"moe_permute.{kernel.__name__}{f'[{what}]' if what else ''}",  # type: ignore[attr-defined]
@@ -348,4 +355,5 @@ def _ahead(
         num_warps=num_warps,
         num_stages=1,
         tensor_cores=False,
+        wide_loads=wide_loads,
     )
