@@ -10,18 +10,15 @@ median.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from r1mega_kernels import fp8_block
+from r1mega_kernels.bench import main, seconds
 from r1mega_kernels.fp8_block import dequantize_reference, quantize_reference
 
 SHAPES = {"cpu": (4096, 7168), "cuda": (18432, 7168)}
@@ -62,8 +59,8 @@ def run(device: str, repeats: int = 9) -> list[dict]:
             copy_seconds = (
                 best(partial(target_OI.copy_, weight_OI), device, repeats) * 3 / 4
             )  # 4 bytes an element
-            seconds = [best(call, device, n) for call, n in ((own, repeats), (alone, repeats), (plain, 2))]
-            rate = [3e-9 * weight_OI.numel() / s for s in (*seconds, copy_seconds)]
+            taken = [best(call, device, n) for call, n in ((own, repeats), (alone, repeats), (plain, 2))]
+            rate = [3e-9 * weight_OI.numel() / s for s in (*taken, copy_seconds)]
             names = ("own", "own_without_allocation", "torch", "copy")
             rows.append(
                 {"operation": operation, "block_rows": block_rows, "device": device, "shape": SHAPES[device]}
@@ -102,35 +99,13 @@ def dequantize_into(values_OI: Any, scale_PQ: Any, out_OI: Any, block_rows: int)
 
 
 def best(call: Callable[[], Any], device: str, repeats: int) -> float:
-    seconds = []
+    measured = []
     for _ in range(repeats + 1):
-        start = _seconds(device)
+        start = seconds(device)
         call()
-        seconds.append(_seconds(device) - start)
-    return min(seconds[1:]) if device == "cpu" else statistics.median(seconds[1:])
-
-
-def _seconds(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    rows = run(args.device, args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+        measured.append(seconds(device) - start)
+    return min(measured[1:]) if device == "cpu" else statistics.median(measured[1:])
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, SHAPES)

@@ -10,21 +10,19 @@ same tensor in the same run. On CPU the unit is CPU time. A loss is reported lik
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1mega_kernels.bench import main
 from r1mega_kernels.grouped_topk import cuda, grouped_topk
 
 SHAPES = {
@@ -231,20 +229,5 @@ def _timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
     return 1e3 * begin.elapsed_time(end), result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    rows = run(args.device, args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, SHAPES, repeats=15)

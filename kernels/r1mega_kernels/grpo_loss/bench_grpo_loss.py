@@ -12,21 +12,18 @@ alive: share of rows that have a gradient; of the others half do not count and h
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1mega_kernels.bench import main, seconds
 from r1mega_kernels.grpo_loss import Objective, Tokens, grpo_loss, grpo_loss_reference
 from r1mega_kernels.grpo_loss.objective import MAX_LOG_RATIO
 from r1mega_kernels.linear_logprob import linear_logprob
@@ -210,9 +207,9 @@ def measure(
         inputs = make_inputs(shape, device, alive)
         for name, provider in providers.items():
             before = _memory(device)
-            start = _seconds(device)
+            start = seconds(device)
             provider(inputs)
-            end = _seconds(device)
+            end = seconds(device)
             if repeat:
                 milliseconds[name].append(1e3 * (end - start))
                 if device == "cuda":
@@ -280,27 +277,5 @@ def _memory(device: str) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _seconds(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    rows = run(args.device, args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, SHAPES)

@@ -10,18 +10,15 @@ the same can undercut. On CPU the unit is CPU time, which other work on the mach
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1mega_kernels.bench import main, seconds
 from r1mega_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
 SHAPES = {
@@ -86,9 +83,9 @@ def time_providers(
     for repeat in range(repeats + 1):  # the first turn warms up
         inputs = make_inputs(shape, device)
         for name, provider in providers.items():
-            start = _seconds(device)
+            start = seconds(device)
             provider(inputs)
-            end = _seconds(device)
+            end = seconds(device)
             if repeat:
                 milliseconds[name].append(1e3 * (end - start))
             inputs[0].grad = inputs[1].grad = None
@@ -159,27 +156,5 @@ def run(device: str, repeats: int = 9) -> list[dict]:
     return rows
 
 
-def _seconds(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    rows = run(args.device, args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, SHAPES)

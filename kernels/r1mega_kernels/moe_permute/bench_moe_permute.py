@@ -10,18 +10,15 @@ median.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1mega_kernels.bench import main, seconds
 from r1mega_kernels.moe_permute import (
     indices_of,
     permute,
@@ -170,10 +167,10 @@ def run(device: str, repeats: int = 9) -> list[dict]:
             inputs = make_inputs(shape, device, DTYPES[device])
             for operation, providers in table.items():
                 for name, call in providers.items():
-                    start = _seconds(device)
+                    start = seconds(device)
                     call(inputs)
                     if repeat:
-                        times.setdefault((operation, name), []).append(1e3 * (_seconds(device) - start))
+                        times.setdefault((operation, name), []).append(1e3 * (seconds(device) - start))
         for operation, providers in table.items():
             summary = min if device == "cpu" else statistics.median
             found = {name: summary(times[operation, name]) for name in providers}
@@ -197,27 +194,5 @@ def run(device: str, repeats: int = 9) -> list[dict]:
     return rows
 
 
-def _seconds(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    rows = run(args.device, args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, SHAPES)
