@@ -45,7 +45,7 @@ demo: setup
 	@$(PY) -m r1mega run configs/tiny/base.py dir=$(DEMO)/base $(DEMO_SEED)
 	@$(PY) -m r1mega run configs/tiny/r1_zero.py dir=$(DEMO)/r1_zero model=$(DEMO)/base/hf $(DEMO_SEED)
 
-# All of R1's stages in a toy world: about half an hour.
+# All of R1's stages in a toy world.
 pipeline: setup
 	@$(PY) -m r1mega pipeline configs/tiny $(if $(SEED),dir=runs/tiny_pipeline-seed$(SEED) seed=$(SEED))
 
