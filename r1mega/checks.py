@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("constant", "cosine"),
     "rollout.dtype": ("float32", "bfloat16"),
     "grpo.split": ("output", "group"),
+    "grpo.advantage_std": ("population", "sample", "none"),
     "grpo.aggregation": ("sequence_mean", "token_mean", "fixed_length"),
     "grpo.ratio": ("token", "sequence"),
     "rewards.isolation": ("full", "process"),
@@ -47,7 +48,7 @@ POSITIVE = """
 
 NON_NEGATIVE = """
     seed num_steps
-    model.mtp_loss_weight model.router_bias_rate model.balance_loss data.eval_size
+    model.mtp_loss_weight model.router_bias_rate model.balance_loss data.eval_size parallel.expert_replicas
     optimizer.min_lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
     rollout.temperature rollout.kv_cache_gib rollout.speculative_tokens
     grpo.kl_coef grpo.reference_every grpo.importance_cap rewards.general_from
@@ -107,16 +108,14 @@ def _values(config: RunConfig) -> Iterator[str]:
             assert isinstance(value, int | float), name
             if value < 0 or value == floor:
                 yield f"{name}={value}: it must be {words}"
-    for name in ("optimizer.beta1", "optimizer.beta2"):
-        if not 0 <= (beta := getattr(config.optimizer, name.partition(".")[2])) < 1:
-            yield f"{name}={beta}: it must lie in [0, 1)"
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas={betas}: AdamW has two, and they lie in [0, 1)"
     for name, share in (("top_p", config.rollout.top_p), ("gpu_memory", config.rollout.gpu_memory)):
         if not 0 < share <= 1:
             yield f"rollout.{name}={share}: it must lie in (0, 1]"
     if not 0 <= config.ppo.gae_lambda <= 1:
         yield f"ppo.gae_lambda={config.ppo.gae_lambda}: it must lie in [0, 1]"
-    if config.grpo.std_ddof not in (0, 1):
-        yield f"grpo.std_ddof={config.grpo.std_ddof}: 0 (population) or 1 (sample)"
     if config.rollout.speculative_tokens > 8:
         yield f"rollout.speculative_tokens={config.rollout.speculative_tokens}: one MTP layer drafts 1 to 8 tokens"
     yield from _schedule("rollout.max_tokens", config.rollout.max_tokens)

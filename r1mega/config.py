@@ -88,6 +88,9 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Stages of each rank under "interleaved"; a V placement (all but "1f1b" and "zb1p") always has two."""
     expert: int = 1
+    expert_replicas: int = 0
+    """Copies of the busiest experts in each expert-parallel process (models/hot_experts.py), placed anew before each pass
+    by the load of the last ones; in engines with tensor_parallel > 1 too, on GPUs. They cost memory and the copying."""
     expert_tensor: int = 1
     context: int = 1
     data: int = 1
@@ -107,8 +110,8 @@ class OptimizerConfig:
     schedule: str = "constant"
     """"constant" | "cosine" (lr -> min_lr over the run), after a linear warm-up."""
     warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
+    betas: tuple[float, ...] = (0.9, 0.95)
+    """Of AdamW."""
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     """Global gradient-norm limit. [open] for R1; V3 pre-training used 1.0."""
@@ -169,10 +172,9 @@ class GRPOConfig:
     """"sequence_mean" (1/G sum_i 1/|o_i| sum_t) | "token_mean" (DAPO) | "fixed_length" (Dr. GRPO: divide by max_tokens)."""
     ratio: str = "token"
     """"token" | "sequence" (GSPO: one length-normalised ratio per output)."""
-    scale_by_std: bool = True
-    """Divide advantages by the group's standard deviation (Dr. GRPO: false)."""
-    std_ddof: int = 0
-    """0: population, 1: sample standard deviation of a group. [open]"""
+    advantage_std: str = "population"
+    """What a group's advantages are divided by: its standard deviation, "population" | "sample" [open], or "none" (Dr.
+    GRPO)."""
     importance_cap: float = 0.0
     """Truncated importance sampling: weight tokens by min(pi_old / pi_rollout, cap); 0 is off."""
     mask_truncated: bool = False

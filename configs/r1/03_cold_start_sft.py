@@ -27,8 +27,7 @@ config = RunConfig(
         min_lr=5e-6,
         schedule="cosine",
         warmup_steps=0,  # [open], and so are the betas and the norm limit (V3's here)
-        beta1=0.9,
-        beta2=0.95,
+        betas=(0.9, 0.95),
         weight_decay=0.0,
         clip_grad=1.0,
     ),

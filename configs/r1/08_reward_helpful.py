@@ -45,8 +45,7 @@ config = RunConfig(
         lr=6e-6,
         schedule="constant",  # [open], and so are the warm-up, the betas and the norm limit (V3's here)
         warmup_steps=0,
-        beta1=0.9,
-        beta2=0.95,
+        betas=(0.9, 0.95),
         weight_decay=0.0,
         clip_grad=1.0,
     ),

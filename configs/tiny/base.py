@@ -22,8 +22,6 @@ config = RunConfig(
     data=DataConfig(path="generated:chain-base", template="tiny_zero", operations=4, size=64_000),
     sft=SFTConfig(batch_size=64, max_length=256, num_epochs=1, loss_on="response"),
     parallel=ParallelConfig(data=2, tokens_per_chunk=4096),
-    optimizer=OptimizerConfig(
-        lr=2e-3, min_lr=1e-4, schedule="cosine", warmup_steps=100, beta2=0.95, weight_decay=0.01
-    ),
+    optimizer=OptimizerConfig(lr=2e-3, min_lr=1e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01),
     checkpoint=CheckpointConfig(every=250, keep=1),
 )

@@ -55,9 +55,7 @@ base = RunConfig(
     ),
     sft=SFTConfig(batch_size=64, max_length=256, num_epochs=1),
     parallel=ParallelConfig(data=2, tokens_per_chunk=4096),
-    optimizer=OptimizerConfig(
-        lr=2e-3, min_lr=1e-4, schedule="cosine", warmup_steps=100, beta2=0.95, weight_decay=0.01
-    ),
+    optimizer=OptimizerConfig(lr=2e-3, min_lr=1e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01),
     checkpoint=CheckpointConfig(every=400, keep=1),
 )
 zero = replace(

@@ -37,8 +37,9 @@ def group_advantages(groups: Sequence[Tensor] | Tensor, config: GRPOConfig) -> t
             advantages.append(torch.zeros_like(rewards_G))
             continue
         centred_G = rewards_G - rewards_G.mean()
-        if config.scale_by_std:
-            centred_G = centred_G / (rewards_G.std(correction=config.std_ddof) + STD_EPSILON)
+        if config.advantage_std != "none":
+            deviation = rewards_G.std(correction=int(config.advantage_std == "sample"))
+            centred_G = centred_G / (deviation + STD_EPSILON)
         advantages.append(centred_G)
     return advantages, num_zero_std
 

@@ -123,6 +123,8 @@ def _table() -> dict[str, Layout]:
     }
     for ranks in (2, 4):
         axes |= {f"PP{ranks} {name}": {"pipeline": ranks, "schedule": name} for name in SCHEDULES}
+    for name in ("EP2", "EP4", "EP2 ETP2", "TP2 PP2 EP2"):
+        axes[f"{name} replicas"] = axes[name] | {"expert_replicas": 2}
     axes["PP4 searched"] = {"pipeline": 4, "schedule": "searched"}
     layouts = {}
     for name, sizes in axes.items():
@@ -137,7 +139,7 @@ def _table() -> dict[str, Layout]:
     without = ParallelConfig(tensor=2, sequence_parallel=False)
     layouts["TP2 without sequence_parallel, Llama"] = Layout("Llama", without)
     layouts["CP2, Llama"] = replace(layouts["CP2, V3"], model="Llama")
-    for name in ("TP2 EP2", "EP2", "EP4", "TP2 PP2 EP2", "CP2 EP2"):
+    for name in ("TP2 EP2", "EP2", "EP4", "EP4 replicas", "TP2 PP2 EP2", "CP2 EP2"):
         layouts[f"{name} allgather, V3 MTP"] = replace(layouts[f"{name}, V3 MTP"], dispatcher="allgather")
     alone = {"1, V3 MTP": Layout("V3 MTP")}
     for recompute, names in RECOMPUTED.items():
@@ -151,7 +153,7 @@ def _table() -> dict[str, Layout]:
 
 SCHEDULES = ("1f1b", "zb1p", "interleaved", "zb-v", "dualpipev")
 RECOMPUTED = {
-    "full": ("1", "TP2", "EP2", "CP2", "PP2 dualpipev", "TP2 PP2 EP2"),
+    "full": ("1", "TP2", "EP2", "CP2", "PP2 dualpipev", "TP2 PP2 EP2", "TP2 PP2 EP2 replicas"),
     "selective": ("1", "TP2 EP2", "CP2 EP2", "PP2 1f1b"),
 }
 IN_BFLOAT16 = (
@@ -159,6 +161,7 @@ IN_BFLOAT16 = (
     "TP2 EP2",
     "TP2 ETP2",
     "EP2",
+    "EP2 replicas",
     "ETP2",
     "DP2 ZeRO-1",
     "CP2",

@@ -63,7 +63,7 @@ class TransformersAlone:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=optimizer.lr,
-            betas=(optimizer.beta1, optimizer.beta2),
+            betas=(optimizer.betas[0], optimizer.betas[1]),
             eps=ADAM_EPSILON,
             weight_decay=optimizer.weight_decay,
         )

@@ -66,8 +66,8 @@ def sequences(packed: PackedSequences, router: Any) -> dict[str, Any]:
     return {"sequence_T": sequence_T, "num_sequences": packed.batch.num_sequences}
 
 
-def with_balance_loss(weight_TE: Tensor, routing: Routing, packed: PackedSequences, router: Any) -> Tensor:
-    """weight_TE unchanged; its backward adds the gradient of the balance loss to that of the scores.
+def with_balance_loss(weights: Tensor, routing: Routing, packed: PackedSequences, router: Any) -> Tensor:
+    """The gate's weights unchanged; their backward adds the gradient of the balance loss to that of the scores.
 
     router: Megatron's, for its process groups and settings.
     """
@@ -82,4 +82,4 @@ def with_balance_loss(weight_TE: Tensor, routing: Routing, packed: PackedSequenc
         weight_S.index_add_(0, batch.sequence_of_T, batch.token_weights_T.to(count_SE))
         experts = count_SE.shape[1]
         factor_SE = (alpha * experts / top_k) * count_SE * (weight_S / length_S.square())[:, None]
-    return MoEAuxLossAutoScaler.apply(weight_TE, (factor_SE * routing.share_SE).sum())
+    return MoEAuxLossAutoScaler.apply(weights, (factor_SE * routing.share_SE).sum())

@@ -3,7 +3,8 @@
 The gate is V3's (eq. 12-16; r1mega_kernels/grouped_topk). Megatron sums the largest top-k / group-k scores of a
 group, which is V3's rule only where that quotient is two, and always normalises the weights.
 
-Dims: T tokens (of this process), E experts (here), N token-expert pairs, D hidden, I expert hidden.
+Dims: T tokens (of this process), E experts (here), P slots of replicas or else experts, K experts of a token, N token-expert
+pairs, D hidden, I expert hidden.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from r1mega.models.attention import PackedSequences
 from r1mega.models.balance import real_tokens, sequences, with_balance_loss
 from r1mega.parallel.weight_gradients import collector_of
 from r1mega.platforms import parameter_device
-from r1mega_kernels.grouped_topk import grouped_topk
+from r1mega_kernels.grouped_topk import Replicas, grouped_topk
 
 
 class GroupedExperts(MegatronModule):
@@ -168,6 +169,11 @@ class GroupLimitedRouter(TopKRouter):
     expert_bias: Tensor
     packed: PackedSequences | None = None
     """The batch whose tokens come next (balance.py)."""
+    replicas: Replicas | None = None
+    """The slots that hold each expert, where hot experts have replicas (hot_experts.py)."""
+    num_slots = 0
+    seen_E: Tensor | None = None
+    """int64: how many tokens chose each expert, in passes of any kind, where expert_load.py follows it."""
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """Module.bfloat16() and Module.to(dtype) leave the correction bias float32: it moves by steps of 0.001."""
@@ -177,7 +183,10 @@ class GroupLimitedRouter(TopKRouter):
         return self
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [T, 1, experts] -> (weights [T, experts], zero where not chosen; chosen, bool [T, experts])."""
+        """logits [T, 1, experts] -> (weights [T, experts], zero where not chosen; chosen, bool [T, experts]).
+
+        With replicas the columns are slots.
+        """
         config, packed = self.config, self.packed
         balanced = packed if config.balance_loss and self.training and torch.is_grad_enabled() else None
         logits_TE = logits.view(-1, config.num_moe_experts).float()
@@ -190,11 +199,15 @@ class GroupLimitedRouter(TopKRouter):
             normalise=config.norm_topk_prob,
             scale=config.moe_router_topk_scaling_factor or 1.0,
             counted_T=None if packed is None else real_tokens(packed, self),
+            replicas=self.replicas,
             **({} if balanced is None else sequences(balanced, self)),
         )
-        weight_TE = torch.zeros_like(logits_TE).scatter(1, routing.expert_TK, routing.weight_TK)
-        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, routing.expert_TK, True)
+        width = config.num_moe_experts if self.replicas is None else self.num_slots
+        weight_TP = logits_TE.new_zeros(len(logits_TE), width).scatter(1, routing.slot_TK, routing.weight_TK)
+        chosen_TP = torch.zeros_like(weight_TP, dtype=torch.bool).scatter(1, routing.slot_TK, True)
         if balanced is not None:
-            weight_TE = with_balance_loss(weight_TE, routing, balanced, self)
+            weight_TP = with_balance_loss(weight_TP, routing, balanced, self)
         self._apply_expert_bias(routing.load_E[None])  # counts the load, for the bias update
-        return weight_TE, chosen_TE
+        if self.seen_E is not None:
+            self.seen_E += routing.load_E
+        return weight_TP, chosen_TP

@@ -96,7 +96,8 @@ def _nearest(parallel: ParallelConfig, hf_config: dict[str, Any] | None, field: 
     if isinstance(value, bool):
         return str(not value).lower()
     choices = sorted(
-        range(1, min(2 * max(value, 1), LARGEST) + 1), key=lambda choice: (abs(choice - value), choice)
+        range(field != "expert_replicas", min(2 * max(value, 1), LARGEST) + 1),
+        key=lambda choice: (abs(choice - value), choice),
     )
     wrong = {choice: _wrong_fields(_with(parallel, {field: choice}), hf_config) for choice in choices}
     return min(choices, key=lambda choice: (bool(wrong[choice]), field in wrong[choice]))
@@ -111,7 +112,9 @@ def _wrong_fields(parallel: ParallelConfig, hf_config: dict[str, Any] | None) ->
 
 
 def _problems(parallel: ParallelConfig, hf_config: dict[str, Any] | None) -> Iterator[Problem]:
-    sizes = [field.name for field in fields(parallel) if field.type == "int"]
+    sizes = [
+        field.name for field in fields(parallel) if field.type == "int" and field.name != "expert_replicas"
+    ]
     too_small = [name for name in sizes if getattr(parallel, name) < 1]
     for name in too_small:
         yield name, f"parallel.{name}={getattr(parallel, name)}: every axis has at least one rank"
@@ -124,6 +127,14 @@ def _problems(parallel: ParallelConfig, hf_config: dict[str, Any] | None) -> Ite
             (
                 f"parallel.expert={parallel.expert} * parallel.expert_tensor={parallel.expert_tensor}: they must divide"
                 f" parallel.tensor * parallel.context * parallel.data = {processes}"
+            ),
+        )
+    if parallel.expert_replicas and parallel.expert == 1:
+        yield (
+            "expert_replicas",
+            (
+                f"parallel.expert_replicas={parallel.expert_replicas} with parallel.expert=1: one rank has all experts,"
+                " and a copy would relieve nobody"
             ),
         )
     if hf_config is not None:

@@ -5,7 +5,7 @@ Expert e has its home in rank e // (E / ranks), as Megatron divides them; slot p
 goes from one rank to another is one message. Gradients go the same way back and are summed at home, in float32, the
 rank's own slots first and then the other ranks in their order: the same sum in every run.
 
-Dims: T tokens of this process, E experts, P slots, X the most replicas of an expert, H experts at home here, S slots here.
+Dims: P slots, H experts at home here, S slots here.
 """
 
 from __future__ import annotations
@@ -62,24 +62,6 @@ def copy_plans(expert_of_slot_P: Tensor, num_experts: int, num_ranks: int) -> li
         )
         for rank in range(num_ranks)
     ]
-
-
-def slots_of_tokens(slots_EX: Tensor, replicas_E: Tensor, num_tokens: int) -> Tensor:
-    """int64 [T, E]: the slot that token t's work for expert e goes to, slots_EX[e, t % replicas_E[e]].
-
-    The choice is a function of the token's index alone, so a recomputed forward takes the same slots.
-    """
-    token_T = torch.arange(num_tokens, device=slots_EX.device)
-    return slots_EX.gather(1, token_T % replicas_E[:, None]).t()
-
-
-def on_slots(weight_TE: Tensor, chosen_TE: Tensor, slot_TE: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    """A gate's weights and choices of experts -> those of slots, [T, P] both. A token's slots are all different."""
-    shape = (weight_TE.shape[0], num_slots)
-    return (
-        weight_TE.new_zeros(shape).scatter(1, slot_TE, weight_TE),
-        chosen_TE.new_zeros(shape).scatter(1, slot_TE, chosen_TE),
-    )
 
 
 def replicate(weights: tuple[Tensor, ...], plan: CopyPlan, group: Any) -> tuple[Tensor, ...]:

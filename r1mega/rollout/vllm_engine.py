@@ -84,6 +84,14 @@ def _gpu_options(config: RunConfig, max_model_len: int) -> dict[str, Any]:
     }
     if config.rollout.kv_cache_gib:
         options["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib * 2**30)
+    ranks, replicas = config.rollout.tensor_parallel, config.parallel.expert_replicas
+    if replicas and ranks > 1:  # vLLM's own balancer, with expert_placement.py's policy
+        options |= {
+            "enable_expert_parallel": True,
+            "enable_eplb": True,
+            # Moves weights between two steps, never beside one: a sync must find them in their places.
+            "eplb_config": {"num_redundant_experts": replicas * ranks, "use_async": False},
+        }
     return options
 
 

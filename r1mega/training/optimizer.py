@@ -77,8 +77,8 @@ class Optimizer:
         options = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
             adam_eps=epsilon,
             weight_decay=config.weight_decay,
             clip_grad=config.clip_grad,

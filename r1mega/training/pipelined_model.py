@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from r1mega.platforms import has_streams
 from r1mega.samples import PackedBatch
 
 if TYPE_CHECKING:  # r1mega.models imports Megatron, which Platform.prepare_megatron must meet first
+    from r1mega.models.hot_experts import HotExperts
     from r1mega.models.trunk import Hidden, Trunk
     from r1mega.parallel.overlap import Pieces
     from r1mega.training.stage_gradients import StageGradients
@@ -58,6 +60,7 @@ class PipelinedModel:
         if len(parts) > 1:
             teach_megatron()
             self._join_embeddings()
+        self._hot_experts = self._replicate_experts()
         wanted = has_streams() if overlap is None else overlap
         self._overlap = wanted and len(parts) > 1 and self._divides_into_pieces()
 
@@ -148,7 +151,7 @@ class PipelinedModel:
         delaying = {number: delaying_modules(stage) for number, stage in stages.items()}
         late = {number: _first_layer(stage) for number, stage in stages.items()}
         pairs = any(action.kind == "X" for order in schedule.orders for action in order)
-        Pipeline(
+        pipeline = Pipeline(
             schedule,
             self.mesh.pipeline_rank,
             forward,
@@ -157,7 +160,9 @@ class PipelinedModel:
             first_layer_weights=late if self.mesh.pipeline_size > 1 else None,
             delaying_modules=delaying,
             stage_done=reduce,
-        ).run()
+        )
+        with self._placed_experts():
+            pipeline.run()
         self._sum_copies()
         for stage in held:
             modules[stage].start_grad_sync()
@@ -176,8 +181,24 @@ class PipelinedModel:
             return None
 
         messages = self._messages(schedule, batches)
-        run_forward(schedule, self.mesh.pipeline_rank, forward, messages)
+        with self._placed_experts():
+            run_forward(schedule, self.mesh.pipeline_rank, forward, messages)
         return results
+
+    @property
+    def expert_balance(self) -> dict[str, float]:
+        """The busiest expert-parallel rank's load over the mean, as hot_experts.py has it; empty without replicas."""
+        return {} if self._hot_experts is None else self._hot_experts.balance
+
+    def _replicate_experts(self) -> HotExperts | None:
+        if not self.parallel.expert_replicas:
+            return None
+        from r1mega.models.hot_experts import HotExperts
+
+        return HotExperts(self.stages, self.parallel.expert_replicas)
+
+    def _placed_experts(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._hot_experts is None else self._hot_experts.placed()
 
     def _divides_into_pieces(self) -> bool:
         from r1mega.parallel.overlap import divides_into_pieces

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from r1mega.config import RunConfig
 from r1mega.parallel.mesh import Mesh, init_mesh
 from r1mega.platforms import Platform
 from r1mega.samples import PackedBatch
+
+if TYPE_CHECKING:
+    from r1mega.training.pipelined_model import PipelinedModel
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,19 @@ def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
 
 
 def update_report(
-    process: Process, parts: list[Metrics], norms: list[float], lr: float, *, counts: bool = True
+    process: Process, parts: list[Metrics], norms: list[float], lr: float, model: PipelinedModel
 ) -> dict[str, Any]:
-    """What one rank tells the driver of its optimizer steps. counts: whether losses come out here.
+    """What one rank tells the driver of its optimizer steps.
 
     {"totals": metric sums of this rank, "counted": whether this rank's sums count (one of the ranks that
     compute alike does, where losses come out), "grad_norm": mean over the steps, "lr": of the last one,
-    "peak_memory_bytes"}.
+    "peak_memory_bytes", "expert_balance": PipelinedModel's}.
     """
     return {
         "totals": {key: float(value) for key, value in combine(parts).items()},
-        "counted": counts and process.mesh.tensor_rank == process.mesh.context_rank == 0,
+        "counted": model.has_last and process.mesh.tensor_rank == process.mesh.context_rank == 0,
         "grad_norm": sum(norms) / len(norms),
         "lr": lr,
         "peak_memory_bytes": process.platform.peak_memory_bytes(),
+        "expert_balance": model.expert_balance,
     }

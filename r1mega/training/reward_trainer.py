@@ -104,7 +104,7 @@ class RewardTrainer(RewardModel):
         self.saver.check()
         parts = self._accumulate(chunks)
         report = self.optimizer.step(step)
-        return update_report(self.process, parts, [report.grad_norm], report.lr, counts=self.model.has_last)
+        return update_report(self.process, parts, [report.grad_norm], report.lr, self.model)
 
     def _accumulate(self, chunks: list[PreferenceBatch]) -> list[Metrics]:
         """Forward and backward of this rank's chunks; gradients are left in the buffers."""

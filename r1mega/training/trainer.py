@@ -152,7 +152,7 @@ class Trainer:
                 of_critic, critic_report = self.critic.update(chunks, step + k)
                 parts.append(of_critic)
                 critic_norms.append(critic_report.grad_norm)
-        whole = update_report(self.process, parts, norms, report.lr, counts=self.model.has_last)
+        whole = update_report(self.process, parts, norms, report.lr, self.model)
         return whole | ({"critic_grad_norm": sum(critic_norms) / len(critic_norms)} if critic_norms else {})
 
     def sft_update(self, chunks: list[PackedBatch], step: int) -> dict[str, Any]:
@@ -165,9 +165,7 @@ class Trainer:
 
         totals = self._accumulate(chunks, loss, need_entropy=False)
         report = self.optimizer.step(step)
-        return update_report(
-            self.process, [totals], [report.grad_norm], report.lr, counts=self.model.has_last
-        )
+        return update_report(self.process, [totals], [report.grad_norm], report.lr, self.model)
 
     def _grpo_loss(self, outputs: TokenOutputs, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         """The gradient is that of `outputs.loss_sum`, where the head has computed it already."""

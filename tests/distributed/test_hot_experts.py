@@ -5,6 +5,7 @@ A skewed gate: every token takes expert 0, most take expert 1, both at home in r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,8 @@ def run(rank: int, port: int, directory: Path) -> None:
 
 
 def compare(rank: int, recompute: str, dispatcher: str) -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    from r1mega.models.expert_load import ExpertLoad, routers_of
-    from r1mega.models.hot_experts import expert_layers, place_experts, replicated_experts
+    from r1mega.models.expert_load import routers_of
+    from r1mega.models.hot_experts import HotExperts, expert_layers
     from r1mega.models.language_model import build_model
 
     options = ModelConfig(dtype="float32", init="random", recompute=recompute, mtp_loss_weight=0.3)
@@ -65,14 +64,13 @@ def compare(rank: int, recompute: str, dispatcher: str) -> dict[str, Any]:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return {"logprobs": out.logprobs_T.detach(), "gradients": found}
 
-    everyone = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    load = ExpertLoad([model], window=3, group=everyone)
+    hot = HotExperts([model], (SLOTS - MTP["n_routed_experts"]) // RANKS)
+    assert hot.num_nodes == 1
+    hot.num_nodes = 2  # as on two machines
     before, work_before = work_of_ranks(layers, seen, gradients)
-    load.observe()
-    shares_LE = load.shares_LE()
-    placement = place_experts(shares_LE, layers[0], SLOTS, num_nodes=2)
     counted = [router.local_tokens_per_expert.clone() for router in routers]
-    with replicated_experts([model], placement):
+    with hot.placed():
+        shares_LE, replicas = hot.load.shares_LE(), [tuple(router.replicas) for router in routers]
         after, work_after = work_of_ranks(layers, seen, gradients)
         with torch.no_grad():
             forward_only = model.eval()(batch).logprobs_T
@@ -85,7 +83,8 @@ def compare(rank: int, recompute: str, dispatcher: str) -> dict[str, Any]:
         "forward_only": forward_only,
         "work": (work_before, work_after),
         "shares": shares_LE,
-        "placement": placement,
+        "replicas": replicas,
+        "balance": hot.balance,
         "counts_tripled": all(
             torch.equal(router.local_tokens_per_expert, 3 * count)
             for router, count in zip(routers, counted, strict=True)
@@ -149,7 +148,12 @@ def test_the_busiest_rank_has_less_to_do(variant: str, results: Any) -> None:
 def test_all_ranks_see_the_same_loads_and_routers_count_experts_not_slots(results: Any) -> None:
     first, *others = results["plain"]
     assert all(torch.equal(first["shares"], other["shares"]) for other in others)
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first["placement"], other["placement"]))
+    for other in others:
+        for mine, theirs in zip(first["replicas"], other["replicas"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    work_before, work_after = first["work"]
+    for when, work in (("without_replicas", work_before), ("with_replicas", work_after)):
+        assert first["balance"][when] == pytest.approx(max(work) * RANKS / sum(work), rel=0.1), when
     torch.testing.assert_close(
         first["shares"].sum(dim=1), torch.ones(len(first["shares"]), dtype=torch.float64)
     )
@@ -158,29 +162,16 @@ def test_all_ranks_see_the_same_loads_and_routers_count_experts_not_slots(result
 
 
 PIPELINE = Layout("deep V3 MTP", ParallelConfig(data=2, expert=2, pipeline=2))
+REPLICATED = replace(PIPELINE, parallel=replace(PIPELINE.parallel, expert_replicas=2))
 
 
 def train_with_replicas(rank: int, port: int, directory: Path) -> None:
     with process_group(rank, PIPELINE.ranks, port):
-        from r1mega.models.hot_experts import expert_layers, replicated_experts
         from r1mega.parallel import mesh
-        from r1mega.training.pipelined_model import PipelinedModel
-        from r1mega_kernels.eplb import rebalance_experts
-
-        plain = PipelinedModel.forward_backward
-
-        def with_replicas(model: Any, *args: Any) -> Any:
-            layers = len(expert_layers(model.stages))
-            load = torch.rand(layers, 8, generator=torch.Generator().manual_seed(layers)) ** 3
-            with replicated_experts(model.stages, rebalance_experts(load, 12, 4, 2, 2, "across_nodes")):
-                return plain(model, *args)
 
         place = mesh.init_mesh(PIPELINE.parallel, seed=1)
         for overlap in (False, True):
-            outcomes = [train(PIPELINE, place, overlap)]
-            PipelinedModel.forward_backward = with_replicas  # type: ignore[method-assign]
-            outcomes.append(train(PIPELINE, place, overlap))
-            PipelinedModel.forward_backward = plain  # type: ignore[method-assign]
+            outcomes = [train(layout, place, overlap) for layout in (PIPELINE, REPLICATED)]
             torch.save(outcomes, directory / f"{overlap} {rank}.pt")
         mesh.destroy_mesh()
 

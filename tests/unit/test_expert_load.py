@@ -11,7 +11,7 @@ from r1mega.config import ModelConfig, ParallelConfig
 from r1mega_kernels.eplb import rebalance_experts
 
 
-def test_steps_count_alike_and_old_ones_leave_the_window():
+def test_passes_count_alike_and_old_ones_leave_the_window():
     with mesh_of(ParallelConfig()):
         from r1mega.models.expert_load import ExpertLoad, routers_of
         from r1mega.models.hot_experts import replicated_experts
@@ -24,11 +24,12 @@ def test_steps_count_alike_and_old_ones_leave_the_window():
         assert torch.equal(load.shares_LE(), torch.full((2, 8), 1 / 8, dtype=torch.float64))
         for counts in ([8, 0, 0, 0, 0, 0, 0, 0], [0, 100, 300, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 1]):
             for router in routers_of([model]):
-                router.local_tokens_per_expert.copy_(torch.tensor(counts))
+                router.seen_E += torch.tensor(counts)
             load.observe()
+        load.observe()  # nothing was seen since
         expected = torch.tensor([0, 1 / 8, 3 / 8, 1 / 4, 0, 0, 0, 1 / 4], dtype=torch.float64)
         assert torch.equal(load.shares_LE(), expected.expand(2, -1))
-        with pytest.raises(ValueError, match="a window of 0 steps"):
+        with pytest.raises(ValueError, match="a window of 0 passes"):
             ExpertLoad([model], window=0, group=dist.group.WORLD)
         placement = rebalance_experts(torch.ones(3, 8), 8, 1, 1, 1)
         with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,27 @@ from tiny_models import process_group
 
 pytest.importorskip("vllm")
 LAYERS, EXPERTS, SLOTS, RANKS = 3, 16, 24, 4
+
+
+def test_a_run_with_replicas_turns_vllms_balancer_on(tmp_path):
+    from vllm.config.parallel import EPLBConfig
+
+    from r1mega.config import ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+    from r1mega.platforms import CUDA
+    from r1mega.rollout.vllm_engine import engine_options
+
+    (tmp_path / "config.json").write_text("{}")
+    config = RunConfig(
+        model=ModelConfig(path=str(tmp_path)),
+        parallel=ParallelConfig(expert=8, data=8, expert_replicas=2),
+        rollout=RolloutConfig(tensor_parallel=4),
+    )
+    options = engine_options(config, CUDA, str(tmp_path), seed=1)
+    assert options["enable_expert_parallel"]
+    assert options["enable_eplb"]
+    assert EPLBConfig(**options["eplb_config"]).num_redundant_experts == 8
+    alone = dataclasses.replace(config, rollout=RolloutConfig())
+    assert "enable_eplb" not in engine_options(alone, CUDA, str(tmp_path), seed=1)
 
 
 def test_the_policy_keeps_vllms_contract_and_is_never_worse():

@@ -79,6 +79,11 @@ def test_possible_layouts_pass(parallel, config):
             r"parallel\.expert=3 .* n_routed_experts=8; .* choice is parallel\.expert=1",
         ),
         (
+            ParallelConfig(data=2, expert_replicas=2),
+            DEEPSEEK_V3,
+            r"parallel\.expert_replicas=2 with parallel\.expert=1.* choice is parallel\.expert_replicas=0",
+        ),
+        (
             ParallelConfig(data=2, expert=4),
             DEEPSEEK_V3,
             r"parallel\.expert=4 .* must divide .* = 2; .* choice is parallel\.expert=2",

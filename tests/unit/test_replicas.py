@@ -1,11 +1,11 @@
-"""Who sends which expert to whom, and which replica a token goes to."""
+"""Who sends which expert to whom."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from r1mega.parallel.replicas import copy_plans, on_slots, slots_of_tokens
+from r1mega.parallel.replicas import copy_plans
 from r1mega_kernels.eplb import rebalance_experts
 
 
@@ -33,34 +33,6 @@ def test_an_expert_is_sent_once_to_each_rank_that_needs_it():
                 assert set(experts) <= set(plans[home].homes)
         sent = sum(len(experts) for plan in plans for experts in plan.send.values())
         assert sent == sum(len(experts) for plan in plans for experts in plan.receive.values())
-
-
-def test_the_replicas_of_an_expert_share_its_tokens_evenly():
-    load = torch.randn(1, 8).mul(2).exp()
-    _, slots_LEX, replicas_LE = rebalance_experts(load, 16, 1, 1, 4)
-    slot_TE = slots_of_tokens(slots_LEX[0], replicas_LE[0], 101)
-    for token in range(101):
-        for expert in range(8):
-            assert slot_TE[token, expert] == slots_LEX[0, expert, token % replicas_LE[0, expert]]
-    for expert in range(8):
-        count = torch.bincount(slot_TE[:, expert], minlength=16)
-        used = count[count > 0]
-        assert len(used) == replicas_LE[0, expert]
-        assert used.max() - used.min() <= 1
-
-
-def test_weights_and_choices_move_to_the_slots_and_nothing_is_lost():
-    placement = rebalance_experts(torch.rand(1, 8), 12, 1, 1, 4)
-    weight_TE = torch.rand(30, 8)
-    chosen_TE = torch.zeros(30, 8, dtype=torch.bool).scatter(1, torch.rand(30, 8).topk(3).indices, True)
-    weight_TE = (weight_TE * chosen_TE).requires_grad_()
-    slot_TE = slots_of_tokens(placement.slots_LEX[0], placement.replicas_LE[0], 30)
-    weight_TP, chosen_TP = on_slots(weight_TE, chosen_TE, slot_TE, 12)
-    back = placement.expert_of_slot_LP[0].expand(30, -1)
-    assert torch.equal(torch.zeros(30, 8).scatter_add(1, back, weight_TP.detach()), weight_TE.detach())
-    assert torch.equal(torch.zeros(30, 8).scatter_add(1, back, chosen_TP.float()), chosen_TE.float())
-    (weight_TP**2).sum().backward()
-    torch.testing.assert_close(weight_TE.grad, 2 * weight_TE.detach())
 
 
 @pytest.mark.parametrize(

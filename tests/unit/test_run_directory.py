@@ -45,7 +45,7 @@ def test_what_does_not_change_the_run_may_change_on_resume(tmp_path: Path, chang
 def test_the_first_of_several_changes_is_named_and_the_others_counted(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, RunConfig()) as directory:
         directory.begin()
-    other = RunConfig(seed=5, optimizer=OptimizerConfig(lr=1.0, beta1=0.5))
+    other = RunConfig(seed=5, optimizer=OptimizerConfig(lr=1.0, betas=(0.5, 0.95)))
     with pytest.raises(ConfigError, match=r"seed=1, now 5 \(and 2 more\)"):
         RunDirectory(tmp_path, other).__enter__()
 

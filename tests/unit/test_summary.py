@@ -14,6 +14,7 @@ from r1mega.stages.summary import combine_reports, rollout_metrics
 def report(counted: bool = True, **totals: float) -> dict[str, Any]:
     return {
         "totals": totals, "counted": counted, "grad_norm": 2.0, "lr": 0.1, "peak_memory_bytes": 1 << 30,
+        "expert_balance": {},
     }  # fmt: skip
 
 
@@ -33,6 +34,17 @@ def test_a_tensor_group_counts_once_but_its_memory_fully() -> None:
     second = report(counted=False, tokens=10, loss=0.5) | {"peak_memory_bytes": 3 << 30}
     metrics = combine_reports([report(tokens=10, loss=0.5), second])
     assert (metrics["tokens"], metrics["loss"], metrics["peak_memory_gib"]) == (10, 0.5, 3.0)
+
+
+def test_the_busiest_rank_is_the_mean_over_the_pipelines_ranks_that_have_experts() -> None:
+    balances = [
+        {"with_replicas": 1.0, "without_replicas": 2.0},
+        {},
+        {"with_replicas": 1.5, "without_replicas": 4.0},
+    ]
+    metrics = combine_reports([report(tokens=10, loss=1.0) | {"expert_balance": row} for row in balances])
+    assert metrics["busiest_expert_rank/with_replicas"] == 1.25
+    assert metrics["busiest_expert_rank/without_replicas"] == 3.0
 
 
 def test_losses_are_the_mean_of_the_updates() -> None:
