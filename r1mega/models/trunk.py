@@ -115,11 +115,10 @@ class Trunk(GPTModel):
     ) -> dict[str, Any]:
         """Megatron's, each layer under its number in the whole model, so that any layout reads it."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
-        tied = self.share_embeddings_and_output_weights, self.mtp_process
-        if self.borrows_embedding:  # Megatron would save a copy that is not here (gpt_model.py:834)
-            self.share_embeddings_and_output_weights = self.mtp_process = False
+        first = self.pre_process
+        self.pre_process = first or self.borrows_embedding  # else Megatron saves a copy, and there is none
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        self.share_embeddings_and_output_weights, self.mtp_process = tied
+        self.pre_process = first
         shift = {
             f"{prefix}decoder.layers.{here}.": f"{prefix}decoder.layers.{there}."
             for here, there in enumerate(self.part.layers)

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import DEEPSEEK_V3, free_port, mesh_of
+from tiny_models import DEEPSEEK_V3, QWEN2, free_port, mesh_of
 
 from r1mega.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from r1mega.data.packing import pack
@@ -36,24 +36,40 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "DP2": ParallelConfig(data=2),
     "DP2 distopt": ParallelConfig(data=2, distributed_optimizer=True),
     "PP2 V": ParallelConfig(pipeline=2),
+    "PP2 1f1b": ParallelConfig(pipeline=2, schedule="1f1b"),
+    "tied one": ParallelConfig(),
+    "tied TP2": ParallelConfig(tensor=2),
+    "tied PP2 V": ParallelConfig(pipeline=2),
+    "tied PP2 1f1b": ParallelConfig(pipeline=2, schedule="1f1b"),
 }
+"""DeepSeek-V3 with multi-token prediction; "tied": Qwen2, whose embedding is its head."""
 SAMPLED = (
     ("one", "TP2EP2"),
     ("TP2EP2", "EP2 distopt"),
     ("EP2 distopt", "one"),
     ("DP2", "PP2 V"),
     ("PP2 V", "DP2 distopt"),
+    ("tied PP2 1f1b", "tied TP2"),
+    ("tied TP2", "tied PP2 V"),
 )
 HALF = (("one", "EP2 distopt"), ("EP2 distopt", "PP2 V"), ("DP2 distopt", "one"))
 """In bfloat16 the fp32 master weights are part of the optimizer; only there."""
-ALL = tuple(itertools.product(LAYOUTS, LAYOUTS))
+ALL = tuple(
+    (first, second)
+    for first, second in itertools.product(LAYOUTS, LAYOUTS)
+    if first.startswith("tied") == second.startswith("tied")
+)
 SAVED_AT, LAST = 2, 5
 
 
 def config_of(directory: Path, layout: str, dtype: str) -> RunConfig:
-    model = directory / "model"
+    tied = layout.startswith("tied")
+    model = directory / ("tied" if tied else "model")
     model.mkdir(exist_ok=True)
-    shape = {**DEEPSEEK_V3, "num_hidden_layers": 4, "initializer_range": 0.1, "num_nextn_predict_layers": 1}
+    shape = (
+        {**DEEPSEEK_V3, "num_nextn_predict_layers": 1} if not tied else {**QWEN2, "tie_word_embeddings": True}
+    )
+    shape |= {"num_hidden_layers": 4, "initializer_range": 0.1}
     if not (model / "config.json").exists():
         partial = model / f"config {os.getpid()}"
         partial.write_text(json.dumps(shape))
@@ -63,7 +79,11 @@ def config_of(directory: Path, layout: str, dtype: str) -> RunConfig:
         platform="cpu",
         num_steps=10,
         model=ModelConfig(
-            path=str(model), init="random", dtype=dtype, router_bias_rate=1e-3, mtp_loss_weight=0.3
+            path=str(model),
+            init="random",
+            dtype=dtype,
+            router_bias_rate=0.0 if tied else 1e-3,
+            mtp_loss_weight=0.0 if tied else 0.3,
         ),
         parallel=LAYOUTS[layout],
         optimizer=OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
