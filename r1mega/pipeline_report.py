@@ -28,6 +28,7 @@ from r1mega.report import (
     write_page,
 )
 from r1mega.stages import graph_drawing
+from r1mega.stages.graph import Pipeline, order
 from r1mega.stages.pipeline_state import FILE
 
 CURVES = (
@@ -100,7 +101,8 @@ def _faint(text: str) -> str:
 def _headline(folder: PipelineFolder, evaluated: Sequence[Evaluated]) -> str:
     records = folder.records.values()
     cards = [_stat("Stages finished", f"{sum(r.status == 'finished' for r in records)} of {len(records)}")]
-    for one in [one for one in evaluated if one.suites][-1:]:
+    depth = _depths(folder.pipeline)
+    for one in sorted((one for one in evaluated if one.suites), key=lambda one: depth.get(one.stage, 0))[-1:]:
         name, metrics = next(iter(one.suites.items()))
         if (value := number(metrics, "pass@1")) is not None:
             cards.append(_stat(f"{one.stage} on {name}, pass@1", percent(value)))
@@ -115,6 +117,14 @@ def _headline(folder: PipelineFolder, evaluated: Sequence[Evaluated]) -> str:
         _stat("Tokens", plain(sum(record.tokens for record in records))),
     ]
     return "\n".join(cards)
+
+
+def _depths(pipeline: Pipeline) -> dict[str, int]:
+    """How many stages lead to each one: the pipeline's result is that with the most, not a control that ran last."""
+    depth: dict[str, int] = {}
+    for stage in order(pipeline):
+        depth[stage.name] = 1 + max((depth[parent] for parent in stage.parents), default=0)
+    return depth
 
 
 def _problems(problems: Sequence[str]) -> str:

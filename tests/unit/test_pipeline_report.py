@@ -225,6 +225,20 @@ def test_stages_stand_in_columns_as_in_the_papers_table(pipeline: Path) -> None:
     assert cells(page, "Stage by stage", "language consistency") == ["100.0%", "100.0%"]
 
 
+def test_the_end_of_the_pipeline_heads_the_page_not_a_control_that_ran_last(pipeline: Path) -> None:
+    with State(pipeline, "small", "Small") as state:
+        state.records |= {
+            "alone": record("run", settings("sft"), {"data.path": "data/data.jsonl"}),
+            "eval_alone": record("eval", {}, {"model": "alone/hf"}),
+        }
+        state.save()
+    shutil.copytree(pipeline / "dev1", pipeline / "alone")
+    shutil.copytree(pipeline / "eval_dev1", pipeline / "eval_alone")
+    page = write_pipeline_report(pipeline).read_text()
+    assert "dev2 on sums, pass@1" in page
+    assert "alone on sums, pass@1" not in page
+
+
 def test_gpu_time_stands_beside_cpu_time_where_gpus_were_held(pipeline: Path) -> None:
     assert "GPU time" not in write_pipeline_report(pipeline).read_text()
     with State(pipeline, "small", "Small") as state:
