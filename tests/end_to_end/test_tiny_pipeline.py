@@ -27,7 +27,7 @@ STAGE_SECONDS = 3000.0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scratch = tmp_path_factory.mktemp("tiny_pipeline")
     directory = scratch / "run"
-    arguments = ("pipeline", "configs/tiny", f"dir={directory}")
+    arguments = ("pipeline", "configs/tiny", f"dir={directory}", "seed=3")
     for stage in KILLED_IN:
         with started(*arguments, scratch=scratch) as run:
             run.wait_for(lambda stage=stage: _status(directory, stage) == "running", STAGE_SECONDS)
