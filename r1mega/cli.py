@@ -1,4 +1,4 @@
-"""The command line: `r1mega run | data | eval | command | pipeline | lineage | report | bench`.
+"""The command line: `r1mega run | data | eval | convert | command | pipeline | lineage | report | bench`.
 
 Exit codes: 0 done; 2 the user's mistake (one line on stderr: what, where, how to mend it); 1 a fault of
 ours or the machine's (one line, and the traceback in the run directory); 130 interrupted by Ctrl-C or SIGTERM.
@@ -110,6 +110,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(data, "a ColdStart or RejectionSampling")
     data.set_defaults(command=_data)
+
+    convert = commands.add_parser(
+        "convert",
+        help="a model directory in another dtype: from fp8, or to it",
+        description="Write SOURCE's weights in another dtype to TARGET, tensor by tensor, with all other files.",
+        epilog="example: r1mega convert DeepSeek-R1 DeepSeek-R1-bf16",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="a Hugging Face directory, a run's hf/ too")
+    convert.add_argument("target", metavar="TARGET", help="the new directory; it must not exist")
+    convert.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float8", "float32"],
+        default="bfloat16",
+        help="float8: matrices in e4m3 with a scale for each 128 x 128, as DeepSeek-V3's checkpoints (bfloat16)",
+    )
+    convert.set_defaults(command=_convert)
 
     report = commands.add_parser("report", help="one self-contained HTML page about a run or a pipeline")
     report.add_argument("dir", metavar="DIR", help="the directory of a run, or of a pipeline (pipeline.json)")
@@ -363,6 +379,18 @@ def _eval(options: argparse.Namespace) -> int:
         details = _write_traceback(config.folder / "error.log")
         print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
         return 1
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from r1mega.stages import convert
+    from r1mega.stages.console import Console
+
+    try:
+        convert.run(Path(options.source), Path(options.target), options.dtype, Console())
+    except KeyboardInterrupt:
+        print("r1mega: interrupted; nothing is left of it, the same command begins anew", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -8,7 +8,6 @@ time, in the table's order on every rank. Export is bit-exact to import.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,15 +16,30 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from r1mega.models.hf_config import load_hf_config
+from r1mega.models.hf_files import (
+    MAX_SHARD_BYTES,
+    SCALE,
+    Slices,
+    check_dtypes,
+    check_scales,
+    copy_small_files,
+    dequantized,
+    files_of,
+    open_tensors,
+    replace_directory,
+    scratch_of,
+    shard_name,
+    span,
+    write_config,
+    write_index,
+)
 from r1mega.models.weight_table import Region, Weight, regions
 from r1mega.parallel.mesh import Mesh, current_mesh
 from r1mega.platforms import parameter_device
-from r1mega_kernels.fp8_block import BLOCK, dequantize_weight
 
 if TYPE_CHECKING:
     from r1mega.models.trunk import Trunk
@@ -40,12 +54,8 @@ __all__ = [
     "named_hf_tensors",
 ]
 
-INDEX = "model.safetensors.index.json"
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers of old checkpoints that the config determines."""
-SCALE = "_scale_inv"
-"""A fp8 tensor's scales have its name with this after it."""
-FP8 = "F8_E4M3"
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -95,18 +105,6 @@ def draw(model: Trunk, mesh: Mesh, std: float, seed: int) -> None:
 # ---------------------------------------------------------------- import
 
 
-def _files_of(path: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    if (path / INDEX).is_file():
-        names = json.loads((path / INDEX).read_text())["weight_map"]
-        return {name: path / file for name, file in names.items()}
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"{path}: neither {INDEX} nor model.safetensors is there")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
 def import_hf(
     model: Trunk, path: str | Path, *, unread: tuple[str, ...] = (), may_lack: tuple[str, ...] = ()
 ) -> list[str]:
@@ -119,57 +117,30 @@ def import_hf(
     missing, unexpected, of another shape, or fp8 without fitting scales, with how many and the first names.
     """
     path = Path(path)
-    files = _files_of(path)
+    files = files_of(path)
     absent = [name for name in may_lack if name not in files]
     _check_names(path, files, model, unread, absent)
     held = [item for item in _held(model, current_mesh()) if item[1].hf_name not in absent]
-    handles: dict[Path, Any] = {}
-    for _, region, _ in held:
-        file = files[region.hf_name]
-        handles.setdefault(file, safe_open(file, framework="pt"))
-    slices = {
-        region.hf_name: handles[files[region.hf_name]].get_slice(region.hf_name) for _, region, _ in held
-    }
-    scales: dict[str, Any] = {}
-    for name in [
-        name for name, tensor in slices.items() if name + SCALE in files or tensor.get_dtype() == FP8
-    ]:
-        if name + SCALE not in files:
-            raise ValueError(f"{path}: {name} is {FP8}, and its scales {name + SCALE} are missing")
-        file = files[name + SCALE]
-        scales[name] = handles.setdefault(file, safe_open(file, framework="pt")).get_slice(name + SCALE)
+    slices, scales = open_tensors(path, files, [region.hf_name for _, region, _ in held])
+    check_dtypes(path, slices)
     _check_shapes(path, slices, [region for _, region, _ in held])
-    _check_scales(path, slices, scales, model.hf_config.get("quantization_config") or {})
+    check_scales(path, slices, scales, model.hf_config.get("quantization_config") or {})
     for _, region, part in held:
         read = slices[region.hf_name]
         if region.hf_name in scales:
-            whole = _dequantized(path, read, scales[region.hf_name], region, part)
+            dtype = torch.bfloat16 if part.dtype == torch.bfloat16 else torch.float32
+            whole = dequantized(
+                path, region.hf_name, read, scales[region.hf_name], region.dim, region.start, region.length,
+                part.device, dtype,
+            )  # fmt: skip
         else:
-            whole = _span(read, region.dim, region.start, region.start + region.length)
+            whole = span(read, region.dim, region.start, region.start + region.length)
         part.copy_(whole.reshape(part.shape))
     for weight, region, part in _held(model, current_mesh()):
         if region.hf_name in absent:
             assert weight.constant is not None, f"{region.hf_name} has no value to start from"
             part.fill_(weight.constant)
     return absent
-
-
-def _span(read: Any, dim: int, start: int, end: int) -> Tensor:
-    return read[start:end] if dim == 0 else read[:, start:end]
-
-
-def _dequantized(path: Path, read: Any, scale: Any, region: Region, like: Tensor) -> Tensor:
-    """The region's numbers, on the device of `like`, where the arithmetic is done."""
-    first, end = region.start // BLOCK, region.start + region.length
-    scale_PQ = _span(scale, region.dim, first, -(-end // BLOCK))
-    if not bool((scale_PQ.isfinite() & (scale_PQ >= 0)).all()):
-        raise ValueError(f"{path}: {region.hf_name + SCALE} has values that are negative, infinite or NaN")
-    values_OI = _span(read, region.dim, first * BLOCK, end)  # from the start of a block
-    dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
-    whole = dequantize_weight(
-        values_OI.to(like.device).contiguous(), scale_PQ.to(like.device).contiguous(), dtype
-    )
-    return whole.narrow(region.dim, region.start - first * BLOCK, region.length)
 
 
 def _check_names(
@@ -197,44 +168,16 @@ def _check_names(
         raise ValueError(f"{path} does not fit its config.json: {'; '.join(problems)}{advice}")
 
 
-def _check_shapes(path: Path, slices: dict[str, Any], held: list[Region]) -> None:
+def _check_shapes(path: Path, slices: Slices, held: list[Region]) -> None:
     wrong = []
     for region in held:
-        shape, dtype = tuple(slices[region.hf_name].get_shape()), slices[region.hf_name].get_dtype()
-        if dtype not in ("F32", "BF16", "F16", "F64", FP8):
-            raise ValueError(
-                f"{path}: {region.hf_name} has dtype {dtype}; convert the checkpoint to BF16 first"
-            )
+        shape = tuple(slices[region.hf_name].get_shape())
         if shape != region.hf_shape:
             wrong.append(f"{region.hf_name} is {list(shape)}, not {list(region.hf_shape)}")
     if wrong:
         raise ValueError(
             f"{path} does not fit its config.json: {len(wrong)} misshaped tensors, first {min(wrong)}"
         )
-
-
-def _check_scales(
-    path: Path, slices: dict[str, Any], scales: dict[str, Any], quantization: dict[str, Any]
-) -> None:
-    size = quantization.get("weight_block_size") or [BLOCK, BLOCK]
-    if scales and size != [BLOCK, BLOCK]:
-        raise ValueError(
-            f"{path}: weight_block_size is {size} in config.json; only {[BLOCK, BLOCK]} is supported"
-        )
-    for name, scale in scales.items():
-        shape, dtype = slices[name].get_shape(), slices[name].get_dtype()
-        if dtype != FP8:
-            raise ValueError(f"{path}: {name} has scales, {name + SCALE}, and is {dtype}, not {FP8}")
-        if len(shape) != 2:
-            raise ValueError(
-                f"{path}: {name} is {FP8} and {list(shape)}; only matrices have blocks of scales"
-            )
-        blocks = [-(-size // BLOCK) for size in shape]
-        if list(scale.get_shape()) != blocks or scale.get_dtype() != "F32":
-            raise ValueError(
-                f"{path}: {name + SCALE} is {scale.get_dtype()} {list(scale.get_shape())}; blocks of {BLOCK} x "
-                f"{BLOCK} of {list(shape)} need F32 {blocks}"
-            )
 
 
 # ---------------------------------------------------------------- export and sync
@@ -343,7 +286,7 @@ def _gather(part: Tensor, group: Any) -> list[Tensor]:
 
 
 def export_hf(
-    model: Stages, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = 5 * 10**9
+    model: Stages, path: str | Path, source_dir: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write a Hugging Face model directory that transformers and vLLM load; a collective, rank 0 writes.
 
@@ -355,15 +298,15 @@ def export_hf(
     writer = dist.get_rank() == 0
     scratch = None
     if writer:
-        scratch = path.with_name(f".writing-{path.name}")
+        scratch = scratch_of(path)
         shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
         scratch.mkdir(parents=True)
     try:
         _write_shards(named_hf_tensors(model), scratch, max_shard_bytes)
         if scratch is not None:
             _write_config(stages_of(model)[0], scratch)
-            _copy_small_files(Path(source_dir), scratch)
-            _replace_directory(scratch, path)
+            copy_small_files(Path(source_dir), scratch)
+            replace_directory(scratch, path)
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -395,37 +338,14 @@ def _write_shards(named: Iterator[tuple[str, Tensor]], scratch: Path | None, max
         return
     weight_map = {}
     for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = shard_name(i, len(shards))
         os.replace(scratch / f"part-{i:05d}", scratch / file)
         weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(scratch, weight_map, total)
 
 
 def _write_config(model: Trunk, scratch: Path) -> None:
     config = {name: value for name, value in model.hf_config.items() if name != "quantization_config"}
-    dtype = str(model.config.params_dtype).removeprefix("torch.")
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     if config["model_type"] == "deepseek_v3":  # vLLM asks for them, transformers does not write them
         config["topk_method"], config["scoring_func"] = "noaux_tc", "sigmoid"
-    (scratch / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _copy_small_files(source: Path, scratch: Path) -> None:
-    """Tokenizer, generation config, chat template, licence: everything that is neither weights nor config."""
-    for file in sorted(source.iterdir()) if source.is_dir() else []:
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(
-            ".index.json"
-        )
-        if file.is_file() and not weights and file.name != "config.json":
-            shutil.copyfile(file, scratch / file.name)
-
-
-def _replace_directory(scratch: Path, path: Path) -> None:
-    """rename(2) replaces no directory that has files: an old one steps aside first."""
-    scratch.chmod(0o755)
-    old = scratch.with_name(scratch.name + ".old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(scratch, path)
-    shutil.rmtree(old, ignore_errors=True)
+    write_config(scratch, config, model.config.params_dtype)

@@ -24,7 +24,7 @@ from r1mega import platforms
 from r1mega.cluster import WorkerDied
 from r1mega.config import RunConfig, value_at
 from r1mega.data.tokenizer import read_tokenizer
-from r1mega.rollout.vllm_engine import build_engine
+from r1mega.rollout.vllm_engine import build_engine, check_numbers
 from r1mega.rollout.weight_sync import WeightChecksumError, WeightMetadata, WeightSyncError
 from r1mega.samples import Prompt, Rollout
 
@@ -218,7 +218,11 @@ class RolloutEngine:
             raise EngineDied(self._fault)
 
     async def init_sync(self, host: str, port: int, first_rank: int, world_size: int) -> None:
-        """Join the trainer's WeightSender; this engine's workers get ranks from `first_rank`."""
+        """Join the trainer's WeightSender; this engine's workers get ranks from `first_rank`.
+
+        Raises ConfigError for a quantised model.
+        """
+        check_numbers(self._llm.model_config.model)
         address = {
             "host": host,
             "port": port,

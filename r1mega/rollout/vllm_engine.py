@@ -142,6 +142,19 @@ def _read_hf_config(model_path: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def check_numbers(model_path: str) -> None:
+    """Raise ConfigError for a quantised model, whose engine has quantised layers: a sync has no weights for them.
+
+    Not among engine_options: an evaluation's engines take no weights, and vLLM serves such a model.
+    """
+    quantization = _read_hf_config(model_path).get("quantization_config")
+    if quantization:
+        raise ConfigError(
+            f"{model_path} is quantised ({quantization.get('quant_method')}, in its config.json) and engines of a run sample "
+            f"with the trainer's bfloat16: `r1mega convert {model_path} TARGET`, and take TARGET as model.path"
+        )
+
+
 def max_model_len(config: RunConfig, hf_config: dict[str, Any]) -> int:
     """Longest sequence of the run: prompt and response. Raises ConfigError beyond the model's positions."""
     responses = [tokens for _, tokens in config.rollout.max_tokens]

@@ -255,8 +255,7 @@ def test_a_part_of_a_fp8_tensor_may_start_inside_a_block(tmp_path):
     """As tensor ranks of a layer whose rows are not a multiple of 128 read it."""
     from safetensors import safe_open
 
-    from r1mega.models.hf_weights import _dequantized
-    from r1mega.models.weight_table import Region
+    from r1mega.models.hf_files import dequantized
     from r1mega_kernels.fp8_block import dequantize_weight, quantize_weight
 
     values, scale = quantize_weight(torch.randn(300, 290))
@@ -264,9 +263,9 @@ def test_a_part_of_a_fp8_tensor_may_start_inside_a_block(tmp_path):
     whole = dequantize_weight(values, scale, torch.float32)
     with safe_open(tmp_path / "file", framework="pt") as file:
         for dim, start, length in ((0, 100, 100), (0, 200, 100), (1, 0, 145), (1, 145, 145), (0, 128, 128)):
-            region = Region("w", (300, 290), dim, start, length, (), (), "tensor")
             slices = file.get_slice("w"), file.get_slice("w_scale_inv")
-            part = _dequantized(tmp_path, *slices, region, torch.empty(0))
+            where = (dim, start, length, torch.device("cpu"), torch.float32)
+            part = dequantized(tmp_path, "w", *slices, *where)
             assert torch.equal(part, whole.narrow(dim, start, length))
 
 
