@@ -145,7 +145,7 @@ def _read_hf_config(model_path: str) -> dict[str, Any]:
 def check_numbers(model_path: str) -> None:
     """Raise ConfigError for a quantised model, whose engine has quantised layers: a sync has no weights for them.
 
-    Not among engine_options: an evaluation's engines take no weights, and vLLM serves such a model.
+    Not among engine_options: engines of evaluations and data generation take no weights, and vLLM serves such a model.
     """
     quantization = _read_hf_config(model_path).get("quantization_config")
     if quantization:

@@ -14,7 +14,7 @@ from r1mega.models.hf_config import load_hf_config
 from r1mega.parallel.mesh import check_mesh
 from r1mega.rewards.sums import check_sums
 from r1mega.rewards.terms import ACCURACY, REFERENCES, REWARDS
-from r1mega.rollout.vllm_engine import check_numbers, max_model_len
+from r1mega.rollout.vllm_engine import max_model_len
 from r1mega.samples import Prompt
 
 
@@ -28,7 +28,6 @@ def check_model(config: RunConfig) -> None:
     check_mesh(config.parallel, hf_config)
     _check_mtp(config, hf_config)
     if config.stage == "rl":
-        check_numbers(config.model.path)
         max_model_len(config, hf_config)
         return
     positions = hf_config.get("max_position_embeddings", config.sft.max_length)

@@ -30,6 +30,7 @@ from r1mega.rewards.scoring import Scorer, Scoring
 from r1mega.rewards.sums import NEURAL, weights_of
 from r1mega.rewards.watch import reward_hacking
 from r1mega.rollout.engine import rollout_sampling
+from r1mega.rollout.vllm_engine import check_numbers
 from r1mega.samples import PackedBatch, Prompt, Rollout, ScoredRollout
 from r1mega.stages.console import Console
 from r1mega.stages.engines import Engines
@@ -64,6 +65,7 @@ class LostRollouts(RuntimeError):
 def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     """Train to the end, resuming from the newest checkpoint; leaves `hf/`, results.json and report.html."""
     check_model(config)
+    check_numbers(config.model.path)
     tokenizer = load_tokenizer(config.model)
     prompts = read_prompts(config.data, tokenizer, seed=config.seed)
     check_vocabulary(config, (prompt.token_ids for prompt in prompts.train + prompts.heldout))

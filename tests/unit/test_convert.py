@@ -378,16 +378,18 @@ def rl_on(path):
 
 
 def test_engines_that_take_weights_refuse_fp8_and_name_the_cure(published, tmp_path):
+    from r1mega.stages import rl
     from r1mega.stages.preflight import check_model
+    from r1mega.stages.run_directory import RunDirectory
 
     converted(published, tmp_path / "fp8", "float8")
     config = rl_on(tmp_path / "fp8")
+    directory = RunDirectory(tmp_path / "run", config)
     cure = f"r1mega convert {tmp_path / 'fp8'} TARGET"
     with pytest.raises(ConfigError, match=re.escape(cure)):
-        check_model(config)  # reinforcement learning, and data generation, which asks for the same
-    check_model(replace(config, stage="sft"))  # import reads fp8
-    converted(tmp_path / "fp8", tmp_path / "numbers", "bfloat16")
-    check_model(rl_on(tmp_path / "numbers"))
+        rl.run(config, directory, Console(io.StringIO()))
+    check_model(config)  # data generation
+    check_model(replace(config, stage="sft"))
 
 
 def test_an_engine_on_fp8_may_evaluate_and_may_not_be_synced(published, tmp_path):
