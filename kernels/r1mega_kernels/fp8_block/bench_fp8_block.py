@@ -94,10 +94,10 @@ def trials(device: str) -> list[Trial]:
             return weight_OI, *fp8_block._quantize(weight_OI, block_rows), torch.empty_like(weight_OI)
 
         def quantize(x: tuple[Any, ...], block_rows: int = block_rows) -> None:
-            quantize_into(*x[:3], block_rows)
+            quantize_into(x[0], x[1], x[2], block_rows)
 
         def dequantize(x: tuple[Any, ...], block_rows: int = block_rows) -> None:
-            dequantize_into(*x[1:], block_rows)
+            dequantize_into(x[1], x[2], x[3], block_rows)
 
         found += [Trial(tunable, right, make, quantize), Trial(tunable, right, make, dequantize)]
     return found

@@ -214,13 +214,13 @@ def trials(device: str) -> list[Trial]:
     shape = SHAPES[device][-1]
     sizes: dict[str, Any] = {"num_groups": shape[3], "kept_groups": shape[4], "scale": 2.5}
 
-    def graph(num_sequences: int) -> tuple[Tensor, ...]:
+    def graph(num_sequences: int) -> tuple[Tensor, Tensor]:
         logits_TE, bias_E = make_inputs(shape, device)
         of_sequences = sequences(shape, device, num_sequences)
         routing = grouped_topk(logits_TE, bias_E, shape[2], **sizes, **of_sequences)
         return routing.weight_TK.sum() + routing.share_SE.sum(), logits_TE
 
-    def gradient(of: tuple[Tensor, ...]) -> None:
+    def gradient(of: tuple[Tensor, Tensor]) -> None:
         torch.autograd.grad(*of, retain_graph=True)
 
     def forward(inputs: tuple[Tensor, Tensor]) -> Tensor:
