@@ -70,7 +70,10 @@ setup(
     packages=find_packages(include=["r1mega", "r1mega.*"])
     + find_packages(where="kernels", include=["r1mega_kernels", "r1mega_kernels.*"]),
     package_dir={"r1mega": "r1mega", "r1mega_kernels": "kernels/r1mega_kernels"},
-    package_data={"r1mega": ["report_page/*", "parallel/searched/*.json"]},
+    package_data={
+        "r1mega": ["report_page/*", "parallel/searched/*.json"],
+        "r1mega_kernels": ["tuned/*.json"],
+    },
     ext_modules=[cpu_extension(), *cuda_extensions()],
     cmdclass={"build_ext": BuildWithNvcc},
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},

@@ -152,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
     bench.add_argument(
+        "--tune",
+        action="store_true",
+        help="kernels, or one of them: find this GPU's parameters and keep them",
+    )
+    bench.add_argument(
         "--responses",
         choices=["varying", "uniform", "both"],
         default="both",
@@ -415,6 +420,7 @@ def _bench(options: argparse.Namespace) -> int:
         parts=parts,
         shared=options.shared,
         drawing={name: getattr(options, name) for name in drawing},
+        tune=options.tune,
     )
     return 0
 

@@ -1,6 +1,8 @@
 """Compiles every Triton kernel to sm_90 on a machine without a GPU, and checks what came out.
 
-    python -m r1mega_kernels.aot
+    python -m r1mega_kernels.aot [--all-candidates]
+
+Each kernel as it is launched by default, or with every candidate of the parameters that tuning tries (tuning.py).
 
 What it asserts: kernels that multiply matrices use Hopper's wgmma instructions, no kernel spills registers to local
 memory, and loads of global memory take 16 bytes or more a thread. What it cannot show: that they run, and
@@ -9,6 +11,7 @@ how fast.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from r1mega_kernels.tuning import Parameters
 
 SM90 = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_LIMIT = 227 * 1024
@@ -43,10 +48,10 @@ class AheadOfTime:
     """Run-time argument -> Triton type: "*bf16", "*i64", "i32", "fp32"."""
     constants: dict[str, Any]
     """tl.constexpr argument -> value."""
+    parameters: Parameters
+    """The constants that are tuned, with num_warps and num_stages."""
     divisible_by_16: tuple[str, ...]
     """Arguments known to be multiples of 16 (addresses, sizes); without it loads are not vectorised."""
-    num_warps: int
-    num_stages: int
     tensor_cores: bool
     """Whether the kernel must come out with wgmma instructions."""
     wide_loads: bool = True
@@ -68,16 +73,17 @@ class Compiled:
 
 def compile_for_sm90(specification: AheadOfTime) -> Compiled:
     """Raises AssertionError when the code lacks wgmma where it needs it, spills, or wants too much memory."""
-    names = specification.kernel.arg_names
+    names, options = specification.kernel.arg_names, specification.parameters
     source = ASTSource(
         specification.kernel,
         signature={name: specification.types.get(name, "constexpr") for name in names},
-        constexprs=specification.constants,
+        constexprs=specification.constants | {name: options[name] for name in options if name in names},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specification.divisible_by_16},
     )
-    options = {"num_warps": specification.num_warps, "num_stages": specification.num_stages}
     start = time.perf_counter()
-    binary = triton.compile(source, target=SM90, options=options)
+    binary = triton.compile(
+        source, target=SM90, options={name: options[name] for name in options if name not in names}
+    )
     seconds = time.perf_counter() - start
     registers, stack_bytes = _resource_usage(binary.asm["cubin"])
     compiled = Compiled(
@@ -96,7 +102,7 @@ def compile_for_sm90(specification: AheadOfTime) -> Compiled:
     return compiled
 
 
-def all_kernels() -> list[AheadOfTime]:
+def all_kernels(every_candidate: bool = False) -> list[AheadOfTime]:
     from r1mega_kernels.fp8_block import kernel as fp8_block
     from r1mega_kernels.grouped_topk import kernel as grouped_topk
     from r1mega_kernels.grpo_loss import kernel as grpo_loss
@@ -104,7 +110,7 @@ def all_kernels() -> list[AheadOfTime]:
     from r1mega_kernels.moe_permute import kernel as moe_permute
 
     modules = (linear_logprob, grpo_loss, grouped_topk, moe_permute, fp8_block)
-    return [kernel for module in modules for kernel in module.ahead_of_time()]
+    return [kernel for module in modules for kernel in module.ahead_of_time(every_candidate)]
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -122,20 +128,25 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--all-candidates", action="store_true", help="not the defaults alone")
+    every_candidate = parser.parse_args().all_candidates
     print(
         f"{'kernel':54}{'seconds':>8}{'wgmma':>7}{'wide loads':>12}{'registers':>11}{'stack':>7}{'shared':>9}"
     )
     failures = 0
-    for specification in all_kernels():
+    for specification in all_kernels(every_candidate):
         try:
             row = compile_for_sm90(specification)
         except AssertionError as error:
             failures += 1
-            print(f"FAILED {error}", file=sys.stderr)
+            print(f"FAILED {error}, {specification.parameters}", file=sys.stderr)
             continue
         print(
             f"{row.name:54}{row.seconds:8.1f}{row.num_wgmma:7}{row.num_wide_loads:12}{row.registers:11}"
-            f"{row.stack_bytes:7}{row.shared_bytes:9}"
+            f"{row.stack_bytes:7}{row.shared_bytes:9}{f'  {specification.parameters}' * every_candidate}"
         )
     return 1 if failures else 0
 

@@ -1,4 +1,4 @@
-"""`r1mega bench`: how fast the system and its kernels are on this machine.
+"""`r1mega bench`: how fast the system and its kernels are on this machine; with --tune, how its GPU likes the kernels best.
 
 step             one reinforcement-learning step, phase by phase, beside vLLM alone and transformers alone
 rewards          every reward: throughput, latency, verdicts, beside its goals
@@ -27,6 +27,7 @@ from typing import Any
 
 from r1mega.bench.machine import machine
 from r1mega.config import ConfigError
+from r1mega_kernels.bench import require_gpu
 
 KERNEL_BENCHES = {
     "packing": "r1mega_kernels.packing.bench_packing",
@@ -38,6 +39,8 @@ KERNEL_BENCHES = {
     "fp8_block": "r1mega_kernels.fp8_block.bench_fp8_block",
 }
 """Programs with an option --json FILE."""
+NOT_TUNED = ("packing", "eplb")
+"""They run on a CPU; the other kernels' programs have an option --tune."""
 RESPONSES = ("varying", "uniform", "both")
 
 
@@ -49,8 +52,12 @@ def run(
     parts: Sequence[str] = (),
     shared: str | None = None,
     drawing: Mapping[str, Any] | None = None,
+    tune: bool = False,
 ) -> None:
-    """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`."""
+    """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`.
+
+    tune: find the kernels' parameters for this GPU instead, and keep them (r1mega_kernels/tuning.py).
+    """
     if responses not in RESPONSES:
         raise ConfigError(f"--responses {responses}: it is one of {', '.join(RESPONSES)}")
     groups = {
@@ -58,6 +65,8 @@ def run(
         "kernels": [*KERNEL_BENCHES],
     }
     chosen = groups.get(what, [what])
+    if tune:
+        chosen = _tuned(what, chosen)
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen:
         if name == "step":
@@ -67,7 +76,7 @@ def run(
         elif name == "layouts":
             results[name] = _layouts()
         else:
-            results[name] = _rewards(parts, shared, json_path) if name == "rewards" else _kernel(name)
+            results[name] = _rewards(parts, shared, json_path) if name == "rewards" else _kernel(name, tune)
         if json_path:
             write_json(Path(json_path), results)
 
@@ -98,10 +107,19 @@ def _layouts() -> list[dict[str, Any]]:
     return layouts.table()
 
 
-def _kernel(name: str) -> Any:
+def _tuned(what: str, chosen: Sequence[str]) -> list[str]:
+    """Those of the chosen that can be tuned. ValueError where there is no GPU."""
+    offered = [name for name in KERNEL_BENCHES if name not in NOT_TUNED]
+    if what != "kernels" and what not in offered:
+        raise ConfigError(f"--tune: {what} has nothing to tune; it is one of kernels, {', '.join(offered)}")
+    require_gpu()
+    return [name for name in chosen if name in offered]
+
+
+def _kernel(name: str, tune: bool) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", KERNEL_BENCHES[name], "--json", str(file)]
+        command = [sys.executable, "-m", KERNEL_BENCHES[name], "--json", str(file), *["--tune"] * tune]
         code = subprocess.run(command, check=False).returncode
         if code:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {code}")

@@ -18,11 +18,21 @@ from typing import Any
 import torch
 
 from r1mega_kernels import fp8_block
-from r1mega_kernels.bench import main, seconds
+from r1mega_kernels.bench import Trial, main, seconds
 from r1mega_kernels.fp8_block import dequantize_reference, quantize_reference
 
 SHAPES = {"cpu": (4096, 7168), "cuda": (18432, 7168)}
 """cuda: a dense layer's projection in DeepSeek-V3."""
+
+
+def check(weight_OI: Any, block_rows: int) -> None:
+    """Raises AssertionError where a bit differs from the reference's."""
+    values_OI, scale_PQ = fp8_block._quantize(weight_OI, block_rows)
+    expected_OI, expected_PQ = quantize_reference(weight_OI, block_rows)
+    assert torch.equal(values_OI.view(torch.uint8), expected_OI.view(torch.uint8))
+    assert torch.equal(scale_PQ, expected_PQ)
+    back_OI = fp8_block._dequantize(values_OI, scale_PQ, block_rows, torch.bfloat16)
+    assert torch.equal(back_OI, dequantize_reference(values_OI, scale_PQ, block_rows))
 
 
 def run(device: str, repeats: int = 9) -> list[dict]:
@@ -37,12 +47,8 @@ def run(device: str, repeats: int = 9) -> list[dict]:
     rows = []
     target_OI = torch.empty_like(weight_OI)
     for block_rows in (fp8_block.BLOCK, 1):
+        check(weight_OI, block_rows)
         values_OI, scale_PQ = fp8_block._quantize(weight_OI, block_rows)
-        expected_OI, expected_PQ = quantize_reference(weight_OI, block_rows)
-        assert torch.equal(values_OI.view(torch.uint8), expected_OI.view(torch.uint8))
-        assert torch.equal(scale_PQ, expected_PQ)
-        back_OI = fp8_block._dequantize(values_OI, scale_PQ, block_rows, torch.bfloat16)
-        assert torch.equal(back_OI, dequantize_reference(values_OI, scale_PQ, block_rows))
         calls: dict[str, tuple[Callable[[], Any], ...]] = {
             "quantise": (
                 partial(fp8_block._quantize, weight_OI, block_rows),
@@ -71,6 +77,30 @@ def run(device: str, repeats: int = 9) -> list[dict]:
                 f"{rate[1] / rate[3]:12.2f}{rate[2]:8.2f}{rate[0] / rate[2]:10.1f}x"
             )
     return rows
+
+
+def trials(device: str) -> list[Trial]:
+    """Weights and rows, both ways."""
+    from r1mega_kernels.fp8_block import kernel
+
+    found = []
+    for tunable, block_rows in ((kernel.OF_WEIGHTS, fp8_block.BLOCK), (kernel.OF_ROWS, 1)):
+
+        def right(block_rows: int = block_rows) -> None:
+            check(torch.randn(300, SHAPES[device][1], device=device).bfloat16(), block_rows)
+
+        def make(block_rows: int = block_rows) -> tuple[Any, ...]:
+            weight_OI = torch.randn(SHAPES[device], device=device).bfloat16()
+            return weight_OI, *fp8_block._quantize(weight_OI, block_rows), torch.empty_like(weight_OI)
+
+        def quantize(x: tuple[Any, ...], block_rows: int = block_rows) -> None:
+            quantize_into(x[0], x[1], x[2], block_rows)
+
+        def dequantize(x: tuple[Any, ...], block_rows: int = block_rows) -> None:
+            dequantize_into(x[1], x[2], x[3], block_rows)
+
+        found += [Trial(tunable, right, make, quantize), Trial(tunable, right, make, dequantize)]
+    return found
 
 
 def quantize_into(weight_OI: Any, values_OI: Any, scale_PQ: Any, block_rows: int) -> None:
@@ -108,4 +138,4 @@ def best(call: Callable[[], Any], device: str, repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES)
+    main(run, __doc__, SHAPES, trials=trials)

@@ -38,3 +38,14 @@ def test_dequantised_values_are_those_of_the_definition(shape, block_rows):
     out_OI = torch.empty(shape)
     kernel.dequantize(values_OI.float(), scale_PQ, out_OI, block_rows)
     assert torch.equal(out_OI, dequantize_reference(values_OI, scale_PQ, block_rows, torch.float32))
+
+
+@pytest.mark.parametrize("blocks", kernel.OF_WEIGHTS.candidates + kernel.OF_ROWS.candidates, ids=str)
+def test_every_candidate_gives_the_definition(blocks):
+    tunable, rows = (
+        (kernel.OF_WEIGHTS, 128) if blocks in kernel.OF_WEIGHTS.candidates else (kernel.OF_ROWS, 1)
+    )
+    with tunable.forced(blocks) as asked:
+        test_scales_and_quotients_are_those_of_the_definition((130, 257), rows)
+        test_dequantised_values_are_those_of_the_definition((130, 257), rows)
+    assert asked == {"quantize float32", "dequantize float32"}

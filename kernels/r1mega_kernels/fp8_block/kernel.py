@@ -13,10 +13,22 @@ from torch import Tensor
 
 from r1mega_kernels.aot import AheadOfTime
 from r1mega_kernels.fp8_block.reference import BLOCK, LARGEST, SMALLEST_AMAX
+from r1mega_kernels.tuning import Tunable, shape_class
 
-ROWS = {BLOCK: 128, 1: 16}
-"""Rows of a matrix that one program takes, per height of a block."""
+OF_WEIGHTS = Tunable("fp8_block.weights", tuple({"ROWS": BLOCK, "num_warps": warps} for warps in (8, 4, 16)))
+OF_ROWS = Tunable(
+    "fp8_block.rows",
+    tuple(
+        {"ROWS": rows, "num_warps": warps}
+        for rows, warps in ((16, 4), (8, 2), (32, 4), (32, 8), (64, 8), (128, 16))
+    ),
+)
+"""ROWS: rows of a matrix that one program takes; of a weight those of a block."""
 _DIVISIBLE = ("matrix", "values", "scale", "num_columns")
+
+
+def candidates() -> tuple[Tunable, ...]:
+    return OF_WEIGHTS, OF_ROWS
 
 
 def quantize(matrix_OI: Tensor, values_OI: Tensor, scale_PQ: Tensor, block_rows: int) -> None:
@@ -34,12 +46,14 @@ def _launch(kernel: object, matrix_OI: Tensor, values_OI: Tensor, scale_PQ: Tens
         return
     rows, columns = matrix_OI.shape
     column_blocks = triton.cdiv(columns, BLOCK)
-    grid = (triton.cdiv(rows, ROWS[block_rows]) * column_blocks,)
+    operation = kernel.__name__.partition("_")[0]  # type: ignore[attr-defined]
+    tunable = OF_WEIGHTS if block_rows > 1 else OF_ROWS
+    blocks = tunable.on(matrix_OI.device, shape_class(operation, matrix_OI.dtype))
+    grid = (triton.cdiv(rows, blocks["ROWS"]) * column_blocks,)
     with torch.cuda.device_of(matrix_OI):
         kernel[grid](  # type: ignore[index]
             matrix_OI, values_OI, scale_PQ, rows, columns, column_blocks,
-            BLOCK_ROWS=block_rows, ROWS=ROWS[block_rows], BLOCK=BLOCK, LARGEST=LARGEST,
-            SMALLEST_AMAX=SMALLEST_AMAX, num_warps=8 if block_rows > 1 else 4,
+            BLOCK_ROWS=block_rows, BLOCK=BLOCK, LARGEST=LARGEST, SMALLEST_AMAX=SMALLEST_AMAX, **blocks,
         )  # fmt: skip
 
 
@@ -85,7 +99,7 @@ def dequantize_kernel(
     tl.store(matrix + at, x.to(matrix.dtype.element_ty), mask=inside)
 
 
-def ahead_of_time() -> list[AheadOfTime]:
+def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
     """Both kernels for weights and for rows, bfloat16 and float32."""
     return [
         AheadOfTime(
@@ -101,17 +115,16 @@ def ahead_of_time() -> list[AheadOfTime]:
             },
             constants={
                 "BLOCK_ROWS": rows,
-                "ROWS": ROWS[rows],
                 "BLOCK": BLOCK,
                 "LARGEST": LARGEST,
                 "SMALLEST_AMAX": SMALLEST_AMAX,
             },
+            parameters=parameters,
             divisible_by_16=_DIVISIBLE,
-            num_warps=8 if rows > 1 else 4,
-            num_stages=1,
             tensor_cores=False,
         )
         for kernel in (quantize_kernel, dequantize_kernel)
         for dtype in ("bf16", "fp32")
-        for rows in ROWS
+        for rows, tunable in ((BLOCK, OF_WEIGHTS), (1, OF_ROWS))
+        for parameters in tunable.listed(every_candidate)
     ]

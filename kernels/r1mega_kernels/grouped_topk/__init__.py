@@ -201,7 +201,7 @@ def _implementation(logits_TE: Tensor, num_groups: int, top_k: int) -> ModuleTyp
         return reference
     from r1mega_kernels.grouped_topk import cuda
 
-    if cuda.is_faster_on(logits_TE.device) and cuda.takes(logits_TE, num_groups, top_k):
+    if cuda.is_faster_on(logits_TE.device, logits_TE.shape[1]) and cuda.takes(logits_TE, num_groups, top_k):
         return cuda
     from r1mega_kernels.grouped_topk import kernel  # Triton is absent where there is no GPU
 

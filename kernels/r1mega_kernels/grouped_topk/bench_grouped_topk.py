@@ -6,13 +6,13 @@ Correctness first: choices, weights and gradients are compared with the float64 
 take turns on fresh random data; numbers are medians. The floor: the forward reads the logits and writes K weights and
 experts a token, the backward writes the logits' gradient and reads what was chosen; bytes over the speed of a copy of the
 same tensor in the same run. On CPU the unit is CPU time. A loss is reported like a win: what is above 1 against a peer.
+--tune also finds out whether CUDA C++ or Triton serves this GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1mega_kernels.bench import main
+from r1mega_kernels.bench import Trial, main, timed
 from r1mega_kernels.grouped_topk import cuda, grouped_topk
 
 SHAPES = {
@@ -116,19 +116,29 @@ def make_inputs(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
     return logits_TE.requires_grad_(), torch.randn(shape[1], device=device) * 0.01
 
 
-def check(shape: tuple[int, ...], device: str) -> float:
+def sequences(shape: tuple[int, ...], device: str, num_sequences: int) -> dict[str, Any]:
+    """grouped_topk's arguments for the balance loss; none for 0 sequences."""
+    sequence_T = torch.arange(shape[0], device=device) * num_sequences // shape[0]
+    return {"sequence_T": sequence_T, "num_sequences": num_sequences} if num_sequences else {}
+
+
+def check(shape: tuple[int, ...], device: str, num_sequences: int = 0) -> float:
     """Largest error of weights and gradients against float64 where the choice is the same; raises where it is wrong."""
     shape = (CHECKED_TOKENS, *shape[1:])
     logits_TE, bias_E = make_inputs(shape, device)
     sizes = {"top_k": shape[2], "num_groups": shape[3], "kept_groups": shape[4], "scale": 2.5}
-    routing = grouped_topk(logits_TE, bias_E, **sizes)  # type: ignore[arg-type]
+    routing = grouped_topk(logits_TE, bias_E, **sizes, **sequences(shape, device, num_sequences))  # type: ignore[arg-type]
     exact_TE = logits_TE.detach().cpu().double().requires_grad_()
-    exact = grouped_topk(exact_TE, bias_E.cpu(), **sizes)  # type: ignore[arg-type]
+    exact = grouped_topk(exact_TE, bias_E.cpu(), **sizes, **sequences(shape, "cpu", num_sequences))  # type: ignore[arg-type]
     same_T = (routing.expert_TK.cpu() == exact.expert_TK).all(dim=-1)
     assert same_T.double().mean() > 0.98, f"{int((~same_T).sum())} of {len(same_T)} tokens chose otherwise"
     grad_TK = torch.randn(shape[0], shape[2], dtype=torch.float64)
-    (exact_TE_grad,) = torch.autograd.grad((exact.weight_TK * grad_TK).sum(), exact_TE)
-    (grad_TE,) = torch.autograd.grad((routing.weight_TK * grad_TK.to(routing.weight_TK)).sum(), logits_TE)
+    grad_SE = torch.randn(exact.share_SE.shape, dtype=torch.float64)
+    exact_loss = (exact.weight_TK * grad_TK).sum() + (exact.share_SE * grad_SE).sum()
+    loss = (routing.weight_TK * grad_TK.to(routing.weight_TK)).sum()
+    loss = loss + (routing.share_SE * grad_SE.to(routing.share_SE)).sum()
+    (exact_TE_grad,) = torch.autograd.grad(exact_loss, exact_TE)
+    (grad_TE,) = torch.autograd.grad(loss, logits_TE)
     pairs = ((routing.weight_TK, exact.weight_TK), (grad_TE, exact_TE_grad))
     error = max(float((a.detach().cpu().double() - b)[same_T].abs().max()) for a, b in pairs)
     assert error < 1e-5, f"error {error}"
@@ -151,14 +161,14 @@ def run(device: str, repeats: int = 15) -> list[dict]:
         for repeat in range(repeats + 2):  # the first two turns warm up
             logits_TE, bias_E = make_inputs(shape, device)
             copy_TE = torch.empty_like(logits_TE)
-            copies.append(_timed(partial(copy_TE.copy_, logits_TE.detach()), device)[0])
+            copies.append(timed(partial(copy_TE.copy_, logits_TE.detach()), device)[0])
             for name, gate in gates.items():
                 before = torch.cuda.memory_allocated() if device == "cuda" else 0
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                forward, weight = _timed(partial(gate, logits_TE, bias_E), device)
+                forward, weight = timed(partial(gate, logits_TE, bias_E), device)
                 grad = torch.randn_like(weight)
-                backward, _ = _timed(partial(torch.autograd.grad, weight, logits_TE, grad), device)
+                backward, _ = timed(partial(torch.autograd.grad, weight, logits_TE, grad), device)
                 if device == "cuda":
                     peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
                 if repeat >= 2:
@@ -194,40 +204,55 @@ def run(device: str, repeats: int = 15) -> list[dict]:
                     f"{row['own_over_this']:8.2f}{peak}"
                 )
         print(f"largest error against float64: {error:.1e}")
-    if device == "cuda":
-        print(_advice(rows))
     return rows
 
 
-def _advice(rows: list[dict]) -> str:
-    """Whether the CUDA C++ kernels should serve this device: by the sum over all shapes and passes."""
-    total = {
-        name: sum(row["microseconds"] for row in rows if row["provider"] == name)
-        for name in ("triton", "cuda")
-    }
-    if not total["cuda"]:
-        return "the CUDA C++ kernels were not built"
-    better = "belongs in" if total["cuda"] < total["triton"] else "does not belong in"
-    return f"{torch.cuda.get_device_name()!r} {better} cuda.FASTER_ON: {total} microseconds"
+def trials(device: str) -> list[Trial]:
+    """Triton's kernels for the largest shape, and then, with what these turned out to like best, CUDA C++ against them."""
+    from r1mega_kernels.grouped_topk import kernel
+
+    shape = SHAPES[device][-1]
+    sizes: dict[str, Any] = {"num_groups": shape[3], "kept_groups": shape[4], "scale": 2.5}
+
+    def graph(num_sequences: int) -> tuple[Tensor, Tensor]:
+        logits_TE, bias_E = make_inputs(shape, device)
+        of_sequences = sequences(shape, device, num_sequences)
+        routing = grouped_topk(logits_TE, bias_E, shape[2], **sizes, **of_sequences)
+        return routing.weight_TK.sum() + routing.share_SE.sum(), logits_TE
+
+    def gradient(of: tuple[Tensor, Tensor]) -> None:
+        torch.autograd.grad(*of, retain_graph=True)
+
+    def forward(inputs: tuple[Tensor, Tensor]) -> Tensor:
+        return own(inputs[0].detach(), inputs[1], shape=shape)
+
+    def both(inputs: tuple[Tensor, Tensor]) -> None:
+        torch.autograd.grad(own(*inputs, shape=shape).sum(), inputs[0])
+
+    make, right = partial(make_inputs, shape, device), partial(check, shape, device)
+    found = [
+        Trial(kernel.FORWARD, _on_triton(right), make, _on_triton(forward)),
+        Trial(kernel.BACKWARD, _on_triton(right), partial(graph, 0), _on_triton(gradient)),
+        Trial(
+            kernel.BACKWARD_OF_SHARES,
+            _on_triton(partial(right, num_sequences=4)),
+            partial(graph, 4),
+            _on_triton(gradient),
+        ),
+    ]
+    if cuda.load():
+        return [*found, Trial(cuda.IMPLEMENTATION, right, make, both)]
+    print("the CUDA C++ kernels were not built: Triton serves")
+    return found
 
 
-def _timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """(microseconds, result): CPU time, or the GPU's time between two events."""
-    if device == "cpu":
-        start = time.process_time()
-        result = work()
-        return 1e6 * (time.process_time() - start), result
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(
-        2_000_000
-    )  # the launches queue up behind it: what follows is the GPU's time, not Python's
-    begin.record()
-    result = work()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * begin.elapsed_time(end), result
+def _on_triton(call: Callable) -> Callable:
+    def wrapped(*arguments: Any) -> Any:
+        with cuda.IMPLEMENTATION.forced({"implementation": "triton"}):
+            return call(*arguments)
+
+    return wrapped
 
 
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES, repeats=15)
+    main(run, __doc__, SHAPES, repeats=15, trials=trials)

@@ -1,4 +1,4 @@
-"""grouped_topk in CUDA C++ (csrc/grouped_topk/grouped_topk.cu), where setup.py found nvcc and it was measured to win.
+"""grouped_topk in CUDA C++ (csrc/grouped_topk/grouped_topk.cu), where setup.py found nvcc and tuning found it the faster.
 
 Never run on a GPU so far. It takes 32, 64, 128, 256 or 512 experts in 1, 2, 4, ... 32 groups and up to 32 of
 them a token; kernel.py takes the rest.
@@ -12,13 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FASTER_ON: frozenset[str] = frozenset()
-"""Names of devices (torch.cuda.get_device_name) on which bench_grouped_topk.py measured it faster than Triton."""
+from r1mega_kernels.tuning import Tunable, shape_class
+
+IMPLEMENTATION = Tunable(
+    "grouped_topk.implementation", ({"implementation": "triton"}, {"implementation": "cuda"})
+)
 LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"
 
 
-def is_faster_on(device: torch.device) -> bool:
-    return torch.cuda.get_device_name(device) in FASTER_ON and load()
+def is_faster_on(device: torch.device, num_experts: int) -> bool:
+    """As measured (tuning.py); False where nothing was, and where the library was not built."""
+    return IMPLEMENTATION.on(device, shape_class(E=num_experts))["implementation"] == "cuda" and load()
 
 
 def takes(logits_TE: Tensor, num_groups: int, top_k: int) -> bool:

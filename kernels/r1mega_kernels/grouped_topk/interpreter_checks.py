@@ -119,6 +119,20 @@ def test_gradients_match_the_reference_in_float64(case, normalise, statistics):
     torch.testing.assert_close(own_TE.double(), exact_TE, rtol=1e-5, atol=2e-6)
 
 
+SIZES = [(tunable, sizes) for tunable in kernel.candidates() for sizes in tunable.candidates]
+
+
+@pytest.mark.parametrize(("tunable", "sizes"), SIZES, ids=lambda part: getattr(part, "name", str(part)))
+def test_every_candidate_gives_the_reference(tunable, sizes):
+    with tunable.forced(sizes) as asked:
+        if tunable is kernel.FORWARD:
+            test_padding_statistics_and_replicas_match_the_reference(CASES["one group"])
+        else:
+            shares = tunable is kernel.BACKWARD_OF_SHARES
+            test_gradients_match_the_reference_in_float64(CASES["one group"], True, shares)
+    assert asked == {"E16"}
+
+
 def test_no_tokens_give_empty_results():
     case = (0, 16, 2, 4, 2)
     own, expected = both(

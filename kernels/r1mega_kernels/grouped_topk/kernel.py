@@ -23,16 +23,38 @@ import triton.language as tl
 from torch import Tensor
 
 from r1mega_kernels.aot import AheadOfTime
+from r1mega_kernels.tuning import Tunable, shape_class
 
-ROWS, TILES = 2, 8
-"""Forward: tokens of a tile and tiles of a program. It has one warp: with more, Triton lays a row over several, and every
-maximum goes through shared memory."""
-BACKWARD = {"ROWS": 8, "num_warps": 4}
-BACKWARD_OF_SHARES = {"ROWS": 2, "num_warps": 1}
+FORWARD = Tunable(
+    "grouped_topk.forward",
+    tuple(
+        {"ROWS": rows, "TILES": tiles, "num_warps": 1}
+        for rows, tiles in ((2, 8), (1, 8), (1, 16), (1, 32), (2, 4), (2, 16), (4, 4), (4, 8))
+    ),
+)
+"""Tokens of a tile and tiles of a program. It has one warp: with more, Triton lays a row over several, and every maximum
+goes through shared memory."""
+BACKWARD = Tunable(
+    "grouped_topk.backward",
+    tuple(
+        {"ROWS": rows, "num_warps": warps}
+        for rows, warps in ((8, 4), (1, 1), (2, 1), (4, 1), (4, 2), (8, 2), (16, 4), (16, 8), (32, 8))
+    ),
+)
+BACKWARD_OF_SHARES = Tunable(
+    "grouped_topk.backward_of_shares",
+    tuple(
+        {"ROWS": rows, "num_warps": warps} for rows, warps in ((2, 1), (1, 1), (4, 1), (4, 2), (4, 4), (8, 4))
+    ),
+)
 FIXED_POINT = 2.0**40
 TINY = tl.constexpr(1e-20)
 LEAST = tl.constexpr(-(2**31))
 """Below every score as an integer."""
+
+
+def candidates() -> tuple[Tunable, ...]:
+    return FORWARD, BACKWARD, BACKWARD_OF_SHARES
 
 
 def forward(
@@ -58,9 +80,10 @@ def forward(
     slot_TK = bias_E.new_empty(num_tokens if table_ER is not None else 0, top_k, dtype=torch.int64)
     load_E = bias_E.new_zeros(num_experts, dtype=torch.int64)
     chosen_SE, share_SE = bias_E.new_zeros(2, num_rows, num_experts, dtype=torch.int64)
+    blocks = FORWARD.on(logits_TE.device, shape_class(E=num_experts))
     if num_tokens:
         with torch.cuda.device_of(logits_TE):
-            forward_kernel[(triton.cdiv(num_tokens, ROWS * TILES),)](
+            forward_kernel[(triton.cdiv(num_tokens, blocks["ROWS"] * blocks["TILES"]),)](
                 logits_TE,
                 bias_E,
                 counted_T,
@@ -82,9 +105,7 @@ def forward(
                 K=top_k,
                 K_COLUMNS=triton.next_power_of_2(top_k),
                 NORMALISE=normalise,
-                ROWS=ROWS,
-                TILES=TILES,
-                num_warps=1,
+                **blocks,
             )
     share_SE = (share_SE.double() / FIXED_POINT).to(logits_TE.dtype)
     return weight_TK, expert_TK, slot_TK, load_E, chosen_SE, share_SE
@@ -103,7 +124,8 @@ def backward(
     num_tokens, num_experts = logits_TE.shape
     top_k = expert_TK.shape[1]
     grad_logits_TE = torch.empty_like(logits_TE)
-    blocks = BACKWARD if sequence_T is None else BACKWARD_OF_SHARES
+    tunable = BACKWARD if sequence_T is None else BACKWARD_OF_SHARES
+    blocks = tunable.on(logits_TE.device, shape_class(E=num_experts))
     if num_tokens:
         with torch.cuda.device_of(logits_TE):
             backward_kernel[(triton.cdiv(num_tokens, blocks["ROWS"]),)](
@@ -329,7 +351,7 @@ def backward_kernel(
     tl.store(grad_logits + start_T1 + expert_TK, grad_TK * score_TK * (1.0 - score_TK), mask=in_TK)
 
 
-def ahead_of_time() -> list[AheadOfTime]:
+def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
     """DeepSeek-V3's gate as policies train, with balance loss and replicas, and with given experts; and odd sizes."""
     specifications = []
     v3 = {**columns(256, 8), "KEPT": 4, "K": 8, "K_COLUMNS": 8}
@@ -345,36 +367,36 @@ def ahead_of_time() -> list[AheadOfTime]:
         pointers |= dict.fromkeys(("expert", "slot", "load", "chosen", "share"), "*i64")
         pointers |= {key: optional[key] for key in given}
         absent = dict.fromkeys(optional.keys() - set(given))
-        specifications.append(
+        specifications += [
             AheadOfTime(
                 name=f"grouped_topk.forward_kernel[{name}]",
                 kernel=forward_kernel,
                 types=pointers | {"T": "i32", "scale": "fp32", "R": "i32"},
-                constants=sizes | absent | {"NORMALISE": True, "ROWS": ROWS, "TILES": TILES},
+                constants=sizes | absent | {"NORMALISE": True},
+                parameters=parameters,
                 divisible_by_16=tuple(pointers),
-                num_warps=1,
-                num_stages=3,
                 tensor_cores=False,
                 wide_loads=wide,
             )
-        )
+            for parameters in FORWARD.listed(every_candidate)
+        ]
     shape = {"E": 256, "E_COLUMNS": 256, "K": 8, "K_COLUMNS": 8, "NORMALISE": True}
     shares = {"grad_share": "*fp32", "sequence": "*i64"}
-    for name, more, blocks in (("V3", {}, BACKWARD), ("V3, statistics", shares, BACKWARD_OF_SHARES)):
+    for name, more, tunable in (("V3", {}, BACKWARD), ("V3, statistics", shares, BACKWARD_OF_SHARES)):
         pointers = (
             dict.fromkeys(("grad_weight", "logits", "grad_logits"), "*fp32") | {"expert": "*i64"} | more
         )
-        specifications.append(
+        specifications += [
             AheadOfTime(
                 name=f"grouped_topk.backward_kernel[{name}]",
                 kernel=backward_kernel,
                 types=pointers | {"T": "i32", "scale": "fp32"},
-                constants=shape | {"ROWS": blocks["ROWS"]} | dict.fromkeys(shares.keys() - more.keys()),
+                constants=shape | dict.fromkeys(shares.keys() - more.keys()),
+                parameters=parameters,
                 divisible_by_16=tuple(pointers),
-                num_warps=blocks["num_warps"],
-                num_stages=3,
                 tensor_cores=False,
                 wide_loads=bool(more),  # without shares only the chosen experts' logits are gathered
             )
-        )
+            for parameters in tunable.listed(every_candidate)
+        ]
     return specifications

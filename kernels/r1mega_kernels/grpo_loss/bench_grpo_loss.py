@@ -17,15 +17,18 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega_kernels.bench import main, seconds
+from r1mega_kernels.bench import Trial, main, seconds
 from r1mega_kernels.grpo_loss import Objective, Tokens, grpo_loss, grpo_loss_reference
+from r1mega_kernels.grpo_loss.logit_rows import logit_gradient_rows, softmax_rows
 from r1mega_kernels.grpo_loss.objective import MAX_LOG_RATIO
+from r1mega_kernels.grpo_loss.one_pass import plan_of
 from r1mega_kernels.linear_logprob import linear_logprob
 
 SHAPES = {
@@ -259,6 +262,33 @@ def run(device: str, repeats: int = 9) -> list[dict[str, Any]]:
     return rows
 
 
+def make_rows(shape: tuple[int, int, int], device: str) -> tuple[Any, ...]:
+    """logit_gradient_rows' arguments: a chunk of logits, all rows of which have a gradient."""
+    num_tokens, num_rows, hidden_size = shape
+    dtype = DTYPES[device]
+    num_chunk = plan_of(num_tokens, num_rows, hidden_size, dtype.itemsize, device).chunk
+    logits_RV = torch.randn(num_chunk, num_rows, device=device)
+    targets_R = torch.randint(0, num_rows, (num_chunk,), device=device)
+    coefficients_4R = torch.rand(4, num_chunk, device=device)
+    d_logits_RV = torch.empty_like(logits_RV, dtype=dtype)
+    rows_R = torch.arange(num_chunk, device=device)
+    return logits_RV, rows_R, targets_R, coefficients_4R, 1.0, False, d_logits_RV
+
+
+def trials(device: str) -> list[Trial]:
+    """Both passes, for both sizes of a vocabulary."""
+    from r1mega_kernels.grpo_loss import kernel
+
+    found = []
+    for shape in SHAPES[device][::2]:
+        right, make = partial(check, shape, device), partial(make_rows, shape, device)
+        found += [
+            Trial(kernel.SOFTMAX_ROWS, right, make, lambda rows: softmax_rows(rows[0], rows[2], rows[4])),
+            Trial(kernel.LOGIT_GRADIENT_ROWS, right, make, lambda rows: logit_gradient_rows(*rows)),
+        ]
+    return found
+
+
 def _into_main_grad(inputs: Inputs) -> None:
     """What Megatron's hooks do with a gradient that autograd brings."""
     if inputs.weight_VD.grad is not None:
@@ -278,4 +308,4 @@ def _memory(device: str) -> int:
 
 
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES)
+    main(run, __doc__, SHAPES, trials=trials)

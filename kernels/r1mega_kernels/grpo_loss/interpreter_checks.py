@@ -22,8 +22,12 @@ SHAPES = [(1, 1), (3, 7), (5, 64), (4, 65), (6, 300)]
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK_V", 64)
+def small_blocks():
+    with (
+        kernel.SOFTMAX_ROWS.forced({"BLOCK_V": 64}),
+        kernel.LOGIT_GRADIENT_ROWS.forced({"BLOCK_V": 64}),
+    ):
+        yield
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -67,3 +71,10 @@ def test_a_shard_without_columns_has_no_partials():
     partials_4R = kernel.launch_softmax_rows(torch.empty(3, 0), torch.tensor([0, 1, 2]), 1.0)
     assert partials_4R[0].tolist() == [-torch.inf] * 3
     assert not partials_4R[1:].any()
+
+
+@pytest.mark.parametrize("blocks", kernel.BLOCKS, ids=str)
+def test_every_size_of_blocks_gives_the_operators_results(blocks):
+    with kernel.SOFTMAX_ROWS.forced(blocks), kernel.LOGIT_GRADIENT_ROWS.forced(blocks):
+        test_softmax_quantities_match_float64((2, 9000), 0.0)
+        test_gradients_of_some_rows_match_float64((3, 9000), True)

@@ -17,9 +17,24 @@ from torch import Tensor
 
 from r1mega_kernels.aot import AheadOfTime
 from r1mega_kernels.grpo_loss.logit_rows import logit_gradient_rows, softmax_rows
+from r1mega_kernels.tuning import Parameters, Tunable, shape_class
 
-BLOCK_V = 2048
-NUM_WARPS = 8
+BLOCKS: tuple[Parameters, ...] = (
+    {"BLOCK_V": 2048, "num_warps": 8},
+    {"BLOCK_V": 1024, "num_warps": 4},
+    {"BLOCK_V": 1024, "num_warps": 8},
+    {"BLOCK_V": 2048, "num_warps": 4},
+    {"BLOCK_V": 2048, "num_warps": 16},
+    {"BLOCK_V": 4096, "num_warps": 8},
+    {"BLOCK_V": 4096, "num_warps": 16},
+    {"BLOCK_V": 8192, "num_warps": 16},
+)
+SOFTMAX_ROWS = Tunable("grpo_loss.softmax_rows", BLOCKS)
+LOGIT_GRADIENT_ROWS = Tunable("grpo_loss.logit_gradient_rows", BLOCKS)
+
+
+def candidates() -> tuple[Tunable, ...]:
+    return SOFTMAX_ROWS, LOGIT_GRADIENT_ROWS
 
 
 @softmax_rows.register_kernel("cuda")
@@ -36,8 +51,7 @@ def launch_softmax_rows(logits_RV: Tensor, targets_R: Tensor, inverse_temperatur
                 num_rows,
                 logits_RV.stride(0),
                 inverse_temperature,
-                BLOCK_V=BLOCK_V,
-                num_warps=NUM_WARPS,
+                **SOFTMAX_ROWS.on(logits_RV.device, shape_class(V=num_rows)),
             )
     return partials_4R
 
@@ -53,7 +67,8 @@ def launch_logit_gradient_rows(
     d_logits_KV: Tensor,
 ) -> None:
     num_alive, num_rows = d_logits_KV.shape
-    num_blocks = triton.cdiv(num_rows, BLOCK_V)
+    blocks = LOGIT_GRADIENT_ROWS.on(logits_RV.device, shape_class(d_logits_KV.dtype, V=num_rows))
+    num_blocks = triton.cdiv(num_rows, blocks["BLOCK_V"])
     if num_alive and num_blocks:
         with torch.cuda.device_of(logits_RV):
             logit_gradient_rows_kernel[(num_alive * num_blocks,)](
@@ -68,8 +83,7 @@ def launch_logit_gradient_rows(
                 d_logits_KV.stride(0),
                 inverse_temperature,
                 WITH_ENTROPY=with_entropy,
-                BLOCK_V=BLOCK_V,
-                num_warps=NUM_WARPS,
+                **blocks,
             )
 
 
@@ -134,7 +148,7 @@ def logit_gradient_rows_kernel(
     tl.store(out, gradient_V.to(d_logits.dtype.element_ty), mask=columns_V < V)
 
 
-def ahead_of_time() -> list[AheadOfTime]:
+def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
     """For vocabularies that are multiples of 16, as DeepSeek-V3's shards are."""
     common = {
         "logits": "*fp32",
@@ -143,16 +157,18 @@ def ahead_of_time() -> list[AheadOfTime]:
         "stride": "i32",
         "inverse_temperature": "fp32",
     }
-    softmax = AheadOfTime(
-        name="grpo_loss.softmax_rows_kernel",
-        kernel=softmax_rows_kernel,
-        types=common | {"partials": "*fp32", "R": "i32"},
-        constants={"BLOCK_V": BLOCK_V},
-        divisible_by_16=("logits", "targets", "partials", "V", "stride"),
-        num_warps=NUM_WARPS,
-        num_stages=3,
-        tensor_cores=False,
-    )
+    softmax = [
+        AheadOfTime(
+            name="grpo_loss.softmax_rows_kernel",
+            kernel=softmax_rows_kernel,
+            types=common | {"partials": "*fp32", "R": "i32"},
+            constants={},
+            parameters=parameters,
+            divisible_by_16=("logits", "targets", "partials", "V", "stride"),
+            tensor_cores=False,
+        )
+        for parameters in SOFTMAX_ROWS.listed(every_candidate)
+    ]
     gradients = [
         AheadOfTime(
             name=f"grpo_loss.logit_gradient_rows_kernel[{dtype}{', entropy' if with_entropy else ''}]",
@@ -165,7 +181,8 @@ def ahead_of_time() -> list[AheadOfTime]:
                 "K": "i32",
                 "out_stride": "i32",
             },
-            constants={"WITH_ENTROPY": with_entropy, "BLOCK_V": BLOCK_V},
+            constants={"WITH_ENTROPY": with_entropy},
+            parameters=parameters,
             divisible_by_16=(
                 "logits",
                 "rows",
@@ -176,11 +193,10 @@ def ahead_of_time() -> list[AheadOfTime]:
                 "stride",
                 "out_stride",
             ),
-            num_warps=NUM_WARPS,
-            num_stages=3,
             tensor_cores=False,
         )
+        for parameters in LOGIT_GRADIENT_ROWS.listed(every_candidate)
         for dtype in ("bf16", "fp16", "fp32")
         for with_entropy in (False, True)
     ]
-    return [softmax, *gradients]
+    return softmax + gradients

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega_kernels.bench import main, seconds
+from r1mega_kernels.bench import Trial, main, seconds
 from r1mega_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
 SHAPES = {
@@ -27,7 +28,8 @@ SHAPES = {
 }
 """T, V, D. cpu: tiny models, whose vocabulary is small; cuda: DeepSeek-V3's head, whole and its TP8 shard."""
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-CHECKED_TOKENS = 64
+CHECKED_TOKENS = 300
+"""More than a tile of any candidate, and no multiple of one."""
 
 
 def plain(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,5 +158,30 @@ def run(device: str, repeats: int = 9) -> list[dict]:
     return rows
 
 
+def trials(device: str) -> list[Trial]:
+    """The forward for both sizes of a vocabulary; the backward, which takes any of them a stretch at a time, for one."""
+    from r1mega_kernels.linear_logprob import kernel
+
+    whole, shard = SHAPES[device][:2]
+    found = [
+        Trial(
+            kernel.PARTIALS,
+            partial(check, shape, device),
+            partial(make_inputs, shape, device),
+            forward_of(linear_logprob),
+        )
+        for shape in (whole, shard)
+    ]
+
+    def graph() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        inputs = make_inputs(whole, device)
+        return linear_logprob(*inputs)[0].sum(), inputs[:2]
+
+    def gradients(of: tuple[Tensor, tuple[Tensor, Tensor]]) -> None:
+        torch.autograd.grad(*of, retain_graph=True)
+
+    return [*found, Trial(kernel.LOGIT_GRADIENT, partial(check, whole, device), graph, gradients)]
+
+
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES)
+    main(run, __doc__, SHAPES, trials=trials)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,27 @@ def test_float64_is_refused():
         kernel.forward(
             torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), torch.zeros(1).long(), 1.0, keep=True
         )
+
+
+@pytest.mark.parametrize("forward", kernel.PARTIALS.candidates, ids=str)
+def test_every_tiling_of_the_forward_gives_the_default_s_results(forward, monkeypatch):
+    hidden_TD, weight_VD, targets_T = make_inputs(150, 1100, 40)
+    expected, _ = kernel.forward(hidden_TD, weight_VD, targets_T, 0.7, keep=False)
+    monkeypatch.setattr(kernel, "FLOAT32_PARTIALS", forward)
+    for own, one in zip(
+        kernel.forward(hidden_TD, weight_VD, targets_T, 0.7, keep=False)[0].finish(), expected.finish()
+    ):
+        torch.testing.assert_close(own, one, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backward", kernel.LOGIT_GRADIENT.candidates, ids=str)
+def test_every_tiling_of_the_backward_gives_the_default_s_gradients(backward, monkeypatch):
+    hidden_TD, weight_VD, targets_T = make_inputs(150, 300, 40)
+    partials, _ = kernel.forward(hidden_TD, weight_VD, targets_T, 0.7, keep=False)
+    _, entropy_T, lse_T = partials.finish()
+    gradient = LogitGradient.of(torch.randn(150), torch.randn(150), lse_T, entropy_T, 0.7)
+    arguments: Any = (hidden_TD, weight_VD, targets_T, 0.7, gradient, [], True, True)
+    expected = kernel.backward(*arguments)
+    monkeypatch.setattr(kernel, "FLOAT32", backward)
+    for own, one in zip(kernel.backward(*arguments), expected):
+        torch.testing.assert_close(own, one, rtol=1e-5, atol=2e-5)

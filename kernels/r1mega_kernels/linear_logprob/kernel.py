@@ -16,8 +16,6 @@ Dims: T packed tokens, V rows of this vocabulary shard, D hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -25,33 +23,43 @@ from torch import Tensor
 
 from r1mega_kernels.aot import AheadOfTime
 from r1mega_kernels.linear_logprob.rows import LogitGradient, SoftmaxPartials
+from r1mega_kernels.tuning import Parameters, Tunable, shape_class
 
 WORKSPACE_BYTES = 2**30
 """d_logits held at once in the backward: at 32,768 tokens, 16,384 columns of the vocabulary in bfloat16."""
 
 
-@dataclass(frozen=True)
-class Tiling:
-    block_t: int
-    block_v: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-    tiles: int = 8
-    """Vocabulary tiles one forward program walks through: 16 bytes of partials per row for that many."""
-    group_t: int = 16
-    """Token blocks that run side by side on the same weight tile, to find it in L2."""
+def _tiling(t: int, v: int, d: int, group_t: int, num_warps: int, num_stages: int) -> Parameters:
+    """GROUP_T: token blocks that run side by side on the same weight tile, to find it in L2."""
+    blocks = {"BLOCK_T": t, "BLOCK_V": v, "BLOCK_D": d, "GROUP_T": group_t}
+    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-TENSOR_CORES = Tiling(block_t=128, block_v=128, block_d=64, num_warps=8, num_stages=4)
-FLOAT32 = Tiling(block_t=64, block_v=64, block_d=32, num_warps=8, num_stages=2)
-"""Exact float32 products run on the ordinary cores: for tests and small models."""
+TILINGS = (
+    _tiling(128, 128, 64, 16, 8, 4),
+    _tiling(128, 128, 64, 8, 8, 4),
+    _tiling(128, 128, 64, 32, 8, 4),
+    _tiling(128, 128, 64, 16, 8, 3),
+    _tiling(128, 128, 128, 16, 8, 3),
+    _tiling(128, 128, 64, 16, 16, 4),
+    _tiling(64, 256, 64, 16, 8, 4),
+    _tiling(64, 128, 64, 16, 4, 4),
+)
+PARTIALS = Tunable(
+    "linear_logprob.partials",
+    (*(tiling | {"TILES": 8} for tiling in TILINGS), TILINGS[0] | {"TILES": 4}, TILINGS[0] | {"TILES": 16}),
+)
+"""TILES: vocabulary tiles one forward program walks through: 16 bytes of partials per row for that many."""
+LOGIT_GRADIENT = Tunable("linear_logprob.logit_gradient", TILINGS)
+FLOAT32 = _tiling(64, 64, 32, 16, num_warps=8, num_stages=2)
+"""Exact float32 products run on the ordinary cores, for tests and small models: not tuned."""
+FLOAT32_PARTIALS = FLOAT32 | {"TILES": 8}
 
 KEEPS_NOTHING: list = []
 
 
-def tiling_of(dtype: torch.dtype) -> Tiling:
-    return FLOAT32 if dtype == torch.float32 else TENSOR_CORES
+def candidates() -> tuple[Tunable, ...]:
+    return PARTIALS, LOGIT_GRADIENT
 
 
 def forward(
@@ -62,14 +70,17 @@ def forward(
     targets_T count from the shard's first row; those outside [0, V) belong to other shards.
     """
     _check_dtype(hidden_TD)
-    num_tokens, num_rows, tiling = len(hidden_TD), len(weight_VD), tiling_of(hidden_TD.dtype)
-    num_parts = triton.cdiv(num_rows, tiling.block_v * tiling.tiles)
+    num_tokens, num_rows, dtype = len(hidden_TD), len(weight_VD), hidden_TD.dtype
+    tiling = FLOAT32_PARTIALS
+    if dtype != torch.float32:
+        tiling = PARTIALS.on(hidden_TD.device, shape_class(dtype, V=num_rows))
+    num_parts = triton.cdiv(num_rows, tiling["BLOCK_V"] * tiling["TILES"])
     partials_4PT = torch.empty(4, max(1, num_parts), num_tokens, dtype=torch.float32, device=hidden_TD.device)
     if num_tokens == 0 or num_parts == 0:
         partials_4PT.zero_()[0].fill_(-torch.inf)
         return SoftmaxPartials(*partials_4PT[:, 0].unbind(0)), KEEPS_NOTHING
     with torch.cuda.device_of(hidden_TD):
-        partials_kernel[(triton.cdiv(num_tokens, tiling.block_t) * num_parts,)](
+        partials_kernel[(triton.cdiv(num_tokens, tiling["BLOCK_T"]) * num_parts,)](
             hidden_TD,
             weight_VD,
             targets_T,
@@ -78,14 +89,8 @@ def forward(
             num_rows,
             hidden_TD.shape[1],
             1.0 / temperature,
-            BLOCK_T=tiling.block_t,
-            BLOCK_V=tiling.block_v,
-            BLOCK_D=tiling.block_d,
-            TILES=tiling.tiles,
-            GROUP_T=tiling.group_t,
-            EVEN_D=hidden_TD.shape[1] % tiling.block_d == 0,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            EVEN_D=hidden_TD.shape[1] % tiling["BLOCK_D"] == 0,
+            **tiling,
         )
     return SoftmaxPartials(*partials_4PT.unbind(0)).merged_parts(), KEEPS_NOTHING
 
@@ -104,10 +109,13 @@ def backward(
     num_tokens, num_rows = len(hidden_TD), len(weight_VD)
     d_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if needs_hidden else None
     d_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
-    stretch = _stretch_rows(num_tokens, hidden_TD.element_size(), tiling_of(hidden_TD.dtype).block_v)
+    tiling = FLOAT32
+    if hidden_TD.dtype != torch.float32:
+        tiling = LOGIT_GRADIENT.on(hidden_TD.device, shape_class(hidden_TD.dtype))
+    stretch = _stretch_rows(num_tokens, hidden_TD.element_size(), tiling["BLOCK_V"])
     for start in range(0, num_rows if num_tokens else 0, stretch):
         part_VD = weight_VD[start : start + stretch]
-        d_logits_TV = _logit_gradient(hidden_TD, part_VD, targets_T - start, temperature, gradient)
+        d_logits_TV = _logit_gradient(hidden_TD, part_VD, targets_T - start, temperature, gradient, tiling)
         if d_hidden_TD is not None:
             _add_product(d_hidden_TD, d_logits_TV, part_VD)
         if d_weight_VD is not None:
@@ -116,14 +124,19 @@ def backward(
 
 
 def _logit_gradient(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature: float, gradient: LogitGradient
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    temperature: float,
+    gradient: LogitGradient,
+    tiling: Parameters,
 ) -> Tensor:
     """d loss / d (hidden @ weight.T) [T, V] of a stretch of the vocabulary, in hidden's dtype."""
-    num_tokens, num_rows, tiling = len(hidden_TD), len(weight_VD), tiling_of(hidden_TD.dtype)
+    num_tokens, num_rows = len(hidden_TD), len(weight_VD)
     d_logits_TV = hidden_TD.new_empty(num_tokens, num_rows)
     zeros_T = torch.zeros_like(gradient.lse_T) if gradient.entropy_T is None else gradient.entropy_T
     coefficients_4T = torch.stack([gradient.lse_T, gradient.target_T, gradient.softmax_T, zeros_T])
-    grid = (triton.cdiv(num_tokens, tiling.block_t) * triton.cdiv(num_rows, tiling.block_v),)
+    grid = (triton.cdiv(num_tokens, tiling["BLOCK_T"]) * triton.cdiv(num_rows, tiling["BLOCK_V"]),)
     with torch.cuda.device_of(hidden_TD):
         logit_gradient_kernel[grid](
             hidden_TD,
@@ -135,13 +148,8 @@ def _logit_gradient(
             num_rows,
             hidden_TD.shape[1],
             1.0 / temperature,
-            BLOCK_T=tiling.block_t,
-            BLOCK_V=tiling.block_v,
-            BLOCK_D=tiling.block_d,
-            GROUP_T=tiling.group_t,
-            EVEN_D=hidden_TD.shape[1] % tiling.block_d == 0,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            EVEN_D=hidden_TD.shape[1] % tiling["BLOCK_D"] == 0,
+            **tiling,
         )
     return d_logits_TV
 
@@ -276,33 +284,27 @@ def logit_gradient_kernel(
     tl.store(out, d_logits_TV.to(d_logits.dtype.element_ty), mask=in_T[:, None] & (columns_V[None, :] < V))
 
 
-def ahead_of_time() -> list[AheadOfTime]:
+def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
     """Every kernel in every dtype it serves, for DeepSeek-V3's hidden size (a multiple of every block)."""
     specifications = []
-    for dtype, tiling in (("bf16", TENSOR_CORES), ("fp16", TENSOR_CORES), ("fp32", FLOAT32)):
+    for dtype in ("bf16", "fp16", "fp32"):
         pointers = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "targets": "*i64"}
         sizes = {"T": "i32", "V": "i32", "D": "i32", "inverse_temperature": "fp32"}
-        blocks = {
-            "BLOCK_T": tiling.block_t,
-            "BLOCK_V": tiling.block_v,
-            "BLOCK_D": tiling.block_d,
-            "GROUP_T": tiling.group_t,
-            "EVEN_D": True,
-        }
-        for kernel, arrays, constants in (
-            (partials_kernel, {"partials": "*fp32"}, blocks | {"TILES": tiling.tiles}),
-            (logit_gradient_kernel, {"coefficients": "*fp32", "d_logits": f"*{dtype}"}, blocks),
+        gradient = {"coefficients": "*fp32", "d_logits": f"*{dtype}"}
+        for kernel, tunable, float32, arrays in (
+            (partials_kernel, PARTIALS, FLOAT32_PARTIALS, {"partials": "*fp32"}),
+            (logit_gradient_kernel, LOGIT_GRADIENT, FLOAT32, gradient),
         ):
-            specifications.append(
-                AheadOfTime(
-                    name=f"linear_logprob.{kernel.__name__}[{dtype}]",
-                    kernel=kernel,
-                    types=pointers | arrays | sizes,
-                    constants=constants,
-                    divisible_by_16=("D", *pointers, *arrays),
-                    num_warps=tiling.num_warps,
-                    num_stages=tiling.num_stages,
-                    tensor_cores=dtype != "fp32",
+            for parameters in (float32,) if dtype == "fp32" else tunable.listed(every_candidate):
+                specifications.append(
+                    AheadOfTime(
+                        name=f"linear_logprob.{kernel.__name__}[{dtype}]",
+                        kernel=kernel,
+                        parameters=parameters,
+                        types=pointers | arrays | sizes,
+                        constants={"EVEN_D": True},
+                        divisible_by_16=("D", *pointers, *arrays),
+                        tensor_cores=dtype != "fp32",
+                    )
                 )
-            )
     return specifications

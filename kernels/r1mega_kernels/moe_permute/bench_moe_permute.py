@@ -13,17 +13,19 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r1mega_kernels.bench import main, seconds
+from r1mega_kernels.bench import Trial, main, seconds
 from r1mega_kernels.moe_permute import (
     indices_of,
     permute,
     permute_fp8,
     permute_values,
+    reference,
     sort_by_expert,
     unpermute,
 )
@@ -34,6 +36,8 @@ SHAPES = {
 }
 """T, K, E, D. cuda: DeepSeek-V3's layer."""
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+CHECKED_TOKENS = 300
+"""By --tune: with several experts each more pairs than a program takes, and no multiple."""
 
 
 def make_inputs(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -194,5 +198,66 @@ def run(device: str, repeats: int = 9) -> list[dict]:
     return rows
 
 
+def check_definition(shape: tuple[int, int, int, int], device: str) -> None:
+    """Every operation against reference.py on the first tokens, in the benchmark's dtype; raises AssertionError."""
+    inputs = make_inputs((CHECKED_TOKENS, *shape[1:]), device, DTYPES[device])
+    tokens_TD, rows_ND, indices_TK = inputs["tokens_TD"], inputs["rows_ND"], inputs["indices_TK"]
+    permutation = inputs["permutation"]
+    places = permutation.row_of_pair_TK, permutation.pair_of_row_N
+    weights_TK = torch.rand(indices_TK.shape, device=device)
+    slots = (indices_TK, shape[2], 1, indices_TK.numel())
+    backward = (tokens_TD, rows_ND, permutation.row_of_pair_TK, permutation.pair_of_row_N, weights_TK)
+    for own, expected in (
+        (indices_TK, reference.indices(inputs["map_TE"], shape[1])),
+        ((*places, permutation.tokens_per_expert_E), reference.slots(*slots)),
+        (permute(tokens_TD, permutation), reference.permute(tokens_TD, *places)),
+        (
+            _as_numbers(permute_fp8(tokens_TD, permutation)),
+            _as_numbers(reference.permute_fp8(tokens_TD, *places)),
+        ),
+    ):
+        torch.testing.assert_close(own, expected, rtol=0, atol=0)
+    for weights in (None, weights_TK):
+        own, expected = (
+            unpermute(rows_ND, permutation, weights),
+            reference.unpermute(rows_ND, places[0], weights),
+        )
+        torch.testing.assert_close(own, expected)
+    own, expected = (
+        torch.ops.r1mega.moe_unpermute_backward(*backward),
+        reference.unpermute_backward(*backward),
+    )
+    torch.testing.assert_close(own[0], expected[0])
+    torch.testing.assert_close(own[1], expected[1], rtol=1e-4, atol=1e-3)
+
+
+def _as_numbers(quantised: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return quantised[0].view(torch.uint8), quantised[1]
+
+
+def trials(device: str) -> list[Trial]:
+    """Every kernel for the largest shape."""
+    from r1mega_kernels.moe_permute import kernel
+
+    shape = SHAPES[device][-1]
+    right = partial(check_definition, shape, device)
+    make = partial(make_inputs, shape, device, DTYPES[device])
+
+    def weighted_backward(x: dict[str, Any]) -> None:
+        places = x["permutation"].row_of_pair_TK, x["permutation"].pair_of_row_N
+        weights_TK = x["probs_TE"][:, : shape[1]].contiguous()
+        torch.ops.r1mega.moe_unpermute_backward(x["tokens_TD"], x["rows_ND"], *places, weights_TK)
+
+    calls: list[tuple[Any, Callable[[dict[str, Any]], Any]]] = [
+        (kernel.INDICES, lambda x: indices_of(x["map_TE"], shape[1])),
+        (kernel.SLOTS, lambda x: sort_by_expert(x["indices_TK"], shape[2])),
+        (kernel.PERMUTE, lambda x: permute(x["tokens_TD"], x["permutation"])),
+        (kernel.PERMUTE_FP8, lambda x: permute_fp8(x["tokens_TD"], x["permutation"])),
+        (kernel.UNPERMUTE, lambda x: unpermute(x["rows_ND"], x["permutation"])),
+        (kernel.UNPERMUTE_BACKWARD, weighted_backward),
+    ]
+    return [Trial(tunable, right, make, call) for tunable, call in calls]
+
+
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES)
+    main(run, __doc__, SHAPES, trials=trials)

@@ -72,3 +72,24 @@ def test_one_expert_may_take_every_token():
     indices_TK = torch.full((700, 1), 2)
     for a, b in zip(kernel.slots(indices_TK, 4, 8, 704), reference.slots(indices_TK, 4, 8, 704), strict=True):
         assert torch.equal(a, b)
+
+
+SIZES = [(tunable, sizes) for tunable in kernel.candidates() for sizes in tunable.candidates]
+FP8 = (kernel.PERMUTE_FP8,)
+"""Wrong in the interpreter; its candidates are those of permute."""
+
+
+@pytest.mark.parametrize(
+    ("tunable", "sizes"),
+    [x for x in SIZES if x[0] not in FP8],
+    ids=lambda part: getattr(part, "name", str(part)),
+)
+def test_every_candidate_gives_the_reference(tunable, sizes):
+    with tunable.forced(sizes) as asked:
+        if tunable is kernel.INDICES:
+            test_a_map_becomes_ascending_indices(True)
+        elif tunable is kernel.SLOTS:
+            test_one_expert_may_take_every_token()
+        else:
+            test_every_kernel_gives_the_reference((6, 2, 4, 4100), 1, True)
+    assert len(asked) == 1

@@ -21,26 +21,53 @@ from torch import Tensor
 from r1mega_kernels.aot import AheadOfTime
 from r1mega_kernels.fp8_block.kernel import scale_of
 from r1mega_kernels.fp8_block.reference import BLOCK, LARGEST, SMALLEST_AMAX
+from r1mega_kernels.tuning import Parameters, Tunable, shape_class
 
-STRETCH = 256
-"""Pairs of one program."""
-COMPARED = 32
-"""Of them, as many at a time are compared with all the others."""
+INDICES = Tunable(
+    "moe_permute.indices",
+    tuple(
+        {"BLOCK_T": tokens, "num_warps": warps}
+        for tokens, warps in ((16, 4), (4, 1), (8, 2), (8, 4), (16, 8), (32, 8))
+    ),
+)
+SLOTS = Tunable(
+    "moe_permute.slots",
+    tuple(
+        {"STRETCH": stretch, "COMPARED": compared, "num_warps": warps}
+        for stretch, compared, warps in (
+            *((256, 32, 8), (128, 32, 4), (128, 64, 4), (256, 16, 4), (256, 16, 8), (256, 64, 8)),
+            *((512, 16, 8), (512, 32, 8), (512, 32, 16)),
+        )
+    ),
+)
+"""STRETCH: pairs of one program; COMPARED: as many of them at a time are compared with all the others."""
 SCANNED = 1024
-MAP_TOKENS = 16
-HIDDEN = 1024
-"""Columns of a row that a program moves at a time: with 4 warps 8 bfloat16 (16 bytes) a thread."""
+COLUMNS: tuple[Parameters, ...] = tuple(
+    {"HIDDEN": hidden, "num_warps": warps}
+    for hidden, warps in ((1024, 4), (512, 2), (1024, 2), (2048, 4), (2048, 8), (4096, 8), (4096, 16))
+)
+"""HIDDEN: columns of a row that a program moves at a time; with 1024 and 4 warps 8 bfloat16 (16 bytes) a thread."""
+PERMUTE = Tunable("moe_permute.permute", COLUMNS)
+PERMUTE_FP8 = Tunable("moe_permute.permute_fp8", COLUMNS)
+UNPERMUTE = Tunable("moe_permute.unpermute", COLUMNS)
+UNPERMUTE_BACKWARD = Tunable("moe_permute.unpermute_backward", COLUMNS)
 FILLED_ROWS = 64
+FILLED_COLUMNS = 1024
+
+
+def candidates() -> tuple[Tunable, ...]:
+    return INDICES, SLOTS, PERMUTE, PERMUTE_FP8, UNPERMUTE, UNPERMUTE_BACKWARD
 
 
 def indices(map_TE: Tensor, num_per_token: int) -> Tensor:
     num_tokens, num_experts = map_TE.shape
     indices_TK = map_TE.new_full((num_tokens, num_per_token), -1, dtype=torch.int32)
+    blocks = INDICES.on(map_TE.device, shape_class(E=num_experts))
     if map_TE.numel():
         with torch.cuda.device_of(map_TE):
-            indices_kernel[(triton.cdiv(num_tokens, MAP_TOKENS),)](
+            indices_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
                 map_TE.view(torch.uint8), indices_TK, num_tokens, num_experts,
-                K=num_per_token, BLOCK_T=MAP_TOKENS, BLOCK_E=triton.next_power_of_2(num_experts), num_warps=4,
+                K=num_per_token, BLOCK_E=triton.next_power_of_2(num_experts), **blocks,
             )  # fmt: skip
     return indices_TK
 
@@ -49,7 +76,9 @@ def slots(
     indices_TK: Tensor, num_experts: int, multiple: int, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_pairs = indices_TK.numel()
-    num_stretches = triton.cdiv(num_pairs, STRETCH)
+    blocks = SLOTS.on(indices_TK.device, shape_class(E=num_experts))
+    stretch = blocks["STRETCH"]
+    num_stretches = triton.cdiv(num_pairs, stretch)
     row_of_pair_TK = torch.empty_like(indices_TK, dtype=torch.int32)
     pair_of_row_N = indices_TK.new_full((num_rows,), -1, dtype=torch.int32)
     count_E = indices_TK.new_zeros(num_experts, dtype=torch.int64)
@@ -65,7 +94,7 @@ def slots(
             num_pairs,
             num_experts,
             num_stretches,
-            STRETCH=STRETCH,
+            STRETCH=stretch,
             BLOCK_E=experts,
             num_warps=4,
         )
@@ -73,7 +102,7 @@ def slots(
         start_kernel[(1,)](count_E, start_E, num_experts, multiple, BLOCK_E=experts, num_warps=4)
         slot_kernel[(num_stretches,)](
             indices_TK, count_ES, start_E, row_of_pair_TK, pair_of_row_N, num_pairs, num_stretches, num_rows,
-            STRETCH=STRETCH, COMPARED=COMPARED, num_warps=8,
+            **blocks,
         )  # fmt: skip
     return row_of_pair_TK, pair_of_row_N, count_E
 
@@ -91,8 +120,7 @@ def permute(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor) ->
                 rows_ND,
                 hidden_size,
                 K=row_of_pair_TK.shape[1],
-                HIDDEN=HIDDEN,
-                num_warps=4,
+                **PERMUTE.on(tokens_TD.device, shape_class(tokens_TD.dtype, D=hidden_size)),
             )
         _fill_padding(rows_ND, pair_of_row_N, 0.0)
     return rows_ND
@@ -106,10 +134,10 @@ def permute_fp8(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor
         return rows_ND, scale_NQ
     with torch.cuda.device_of(tokens_TD):
         if num_tokens:
+            blocks = PERMUTE_FP8.on(tokens_TD.device, shape_class(tokens_TD.dtype, D=hidden_size))
             permute_fp8_kernel[(num_tokens,)](
                 tokens_TD, row_of_pair_TK, rows_ND, scale_NQ, hidden_size, scale_NQ.shape[1],
-                K=row_of_pair_TK.shape[1], GROUPS=HIDDEN // BLOCK, BLOCK=BLOCK, LARGEST=LARGEST,
-                SMALLEST_AMAX=SMALLEST_AMAX, num_warps=4,
+                K=row_of_pair_TK.shape[1], BLOCK=BLOCK, LARGEST=LARGEST, SMALLEST_AMAX=SMALLEST_AMAX, **blocks,
             )  # fmt: skip
         _fill_padding(rows_ND.view(torch.uint8), pair_of_row_N, 0)
         _fill_padding(scale_NQ, pair_of_row_N, SMALLEST_AMAX / LARGEST)
@@ -119,11 +147,12 @@ def permute_fp8(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor
 def unpermute(rows_ND: Tensor, row_of_pair_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     num_tokens, hidden_size = len(row_of_pair_TK), rows_ND.shape[1]
     tokens_TD = rows_ND.new_empty(num_tokens, hidden_size)
+    blocks = UNPERMUTE.on(rows_ND.device, shape_class(rows_ND.dtype, D=hidden_size))
     if tokens_TD.numel():
         with torch.cuda.device_of(rows_ND):
             unpermute_kernel[(num_tokens,)](
                 rows_ND, row_of_pair_TK, rows_ND if weights_TK is None else weights_TK, tokens_TD, hidden_size,
-                K=row_of_pair_TK.shape[1], HIDDEN=HIDDEN, WEIGHTED=weights_TK is not None, num_warps=4,
+                K=row_of_pair_TK.shape[1], WEIGHTED=weights_TK is not None, **blocks,
             )  # fmt: skip
     return tokens_TD
 
@@ -133,11 +162,12 @@ def unpermute_backward(
 ) -> tuple[Tensor, Tensor]:
     num_tokens, hidden_size = d_tokens_TD.shape
     d_rows_ND, d_weights_TK = torch.empty_like(rows_ND), torch.zeros_like(weights_TK)
+    blocks = UNPERMUTE_BACKWARD.on(rows_ND.device, shape_class(rows_ND.dtype, D=hidden_size))
     with torch.cuda.device_of(rows_ND):
         if d_tokens_TD.numel():
             unpermute_backward_kernel[(num_tokens,)](
                 d_tokens_TD, rows_ND, row_of_pair_TK, weights_TK, d_rows_ND, d_weights_TK, hidden_size,
-                K=row_of_pair_TK.shape[1], HIDDEN=HIDDEN, num_warps=4,
+                K=row_of_pair_TK.shape[1], **blocks,
             )  # fmt: skip
         if rows_ND.numel():
             _fill_padding(d_rows_ND, pair_of_row_N, 0.0)
@@ -147,8 +177,9 @@ def unpermute_backward(
 def _fill_padding(rows_ND: Tensor, pair_of_row_N: Tensor, value: float) -> None:
     num_rows, hidden_size = rows_ND.shape
     fill_kernel[(triton.cdiv(num_rows, FILLED_ROWS),)](
-        rows_ND, pair_of_row_N, num_rows, hidden_size, value, ROWS=FILLED_ROWS, HIDDEN=HIDDEN, num_warps=4
-    )
+        rows_ND, pair_of_row_N, num_rows, hidden_size, value,
+        ROWS=FILLED_ROWS, HIDDEN=FILLED_COLUMNS, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -235,9 +266,10 @@ def permute_kernel(tokens, row_of_pair, rows, D, K: tl.constexpr, HIDDEN: tl.con
 
 @triton.jit
 def permute_fp8_kernel(
-    tokens, row_of_pair, rows, scale, D, Q, K: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, row_of_pair, rows, scale, D, Q, K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
 ):  # fmt: skip
+    GROUPS: tl.constexpr = HIDDEN // BLOCK
     token = tl.program_id(0).to(tl.int64)
     for first in range(0, Q, GROUPS):
         groups_G = first + tl.arange(0, GROUPS)
@@ -304,35 +336,45 @@ def unpermute_backward_kernel(
             tl.store(d_weights + token * K + k, tl.sum(product_D, axis=0).to(d_weights.dtype.element_ty))
 
 
-def ahead_of_time() -> list[AheadOfTime]:
+def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
     """Every kernel for DeepSeek-V3: 256 experts, 8 of them a token, a hidden size that is a multiple of 16."""
     pairs = {"row_of_pair": "*i32", "pair_of_row": "*i32"}
     counts = {"counts": "*i32", "S": "i32"}
-    eight: dict[str, int] = {"K": 8, "HIDDEN": HIDDEN}
+    indices, slots = INDICES.listed(every_candidate), SLOTS.listed(every_candidate)
+    stretches = {s: {"STRETCH": s, "num_warps": 4} for s in (blocks["STRETCH"] for blocks in slots)}
+    fixed = ({"num_warps": 4},)
     specifications = [
-        _ahead(indices_kernel, {"routing": "*u8", "indices": "*i32", "T": "i32", "E": "i32"},
-               {"K": 8, "BLOCK_T": MAP_TOKENS, "BLOCK_E": 256}),
-        _ahead(count_kernel, {"indices": "*i64", **counts, "P": "i32", "E": "i32"}, {"STRETCH": STRETCH, "BLOCK_E": 256},
-               wide_loads=False),
-        _ahead(scan_kernel, {**counts, "totals": "*i64"}, {"BLOCK": SCANNED}, wide_loads=False),
-        _ahead(start_kernel, {"totals": "*i64", "starts": "*i32", "E": "i32", "multiple": "i32"}, {"BLOCK_E": 256}),
-        _ahead(slot_kernel, {"indices": "*i64", **counts, "starts": "*i32", **pairs, "P": "i32", "N": "i32"},
-               {"STRETCH": STRETCH, "COMPARED": COMPARED}, num_warps=8, wide_loads=False),
+        *_ahead(indices_kernel, {"routing": "*u8", "indices": "*i32", "T": "i32", "E": "i32"},
+                {"K": 8, "BLOCK_E": 256}, indices),
+        *_ahead(count_kernel, {"indices": "*i64", **counts, "P": "i32", "E": "i32"}, {"BLOCK_E": 256},
+                tuple(stretches.values()), wide_loads=False),
+        *_ahead(scan_kernel, {**counts, "totals": "*i64"}, {"BLOCK": SCANNED}, fixed, wide_loads=False),
+        *_ahead(start_kernel, {"totals": "*i64", "starts": "*i32", "E": "i32", "multiple": "i32"},
+                {"BLOCK_E": 256}, fixed),
+        *_ahead(slot_kernel, {"indices": "*i64", **counts, "starts": "*i32", **pairs, "P": "i32", "N": "i32"},
+                {}, slots, wide_loads=False),
     ]  # fmt: skip
     for dtype in ("bf16", "fp32"):
         matrices = dict.fromkeys(("tokens", "rows", "d_tokens", "d_rows"), f"*{dtype}")
         rest = {"D": "i32", "N": "i32", "value": "fp32", "weights": "*fp32", "d_weights": "*fp32"}
         types = {**pairs, **matrices, **rest}
+        columns, eight = PERMUTE.listed(every_candidate), {"K": 8}
+        fp8 = {"K": 8, "BLOCK": BLOCK, "LARGEST": LARGEST, "SMALLEST_AMAX": SMALLEST_AMAX}
+        filled = {"ROWS": FILLED_ROWS, "HIDDEN": FILLED_COLUMNS}
         specifications += [
-            _ahead(permute_kernel, types, eight, dtype),
-            _ahead(fill_kernel, types, {"ROWS": FILLED_ROWS, "HIDDEN": HIDDEN}, dtype, wide_loads=False),
-            _ahead(unpermute_kernel, types, eight | {"WEIGHTED": False}, dtype),
-            _ahead(unpermute_kernel, types, eight | {"WEIGHTED": True}, f"{dtype}, weighted"),
-            _ahead(unpermute_backward_kernel, types, eight, dtype),
-            _ahead(permute_fp8_kernel, types | {"rows": "*fp8e4nv", "scale": "*fp32", "Q": "i32"},
-                   {"K": 8, "GROUPS": HIDDEN // BLOCK, "BLOCK": BLOCK, "LARGEST": LARGEST,
-                    "SMALLEST_AMAX": SMALLEST_AMAX}, dtype),
-        ]  # fmt: skip
+            *_ahead(permute_kernel, types, eight, columns, dtype),
+            *_ahead(fill_kernel, types, filled, fixed, dtype, wide_loads=False),
+            *_ahead(unpermute_kernel, types, eight | {"WEIGHTED": False}, columns, dtype),
+            *_ahead(unpermute_kernel, types, eight | {"WEIGHTED": True}, columns, f"{dtype}, weighted"),
+            *_ahead(unpermute_backward_kernel, types, eight, columns, dtype),
+            *_ahead(
+                permute_fp8_kernel,
+                types | {"rows": "*fp8e4nv", "scale": "*fp32", "Q": "i32"},
+                fp8,
+                columns,
+                dtype,
+            ),
+        ]
     return specifications
 
 
@@ -340,20 +382,24 @@ def _ahead(
     kernel: object,
     types: dict[str, str],
     constants: dict,
+    candidates: tuple[Parameters, ...],
     what: str = "",
-    num_warps: int = 4,
     wide_loads: bool = True,
-) -> AheadOfTime:
+) -> list[AheadOfTime]:
     """wide_loads: false for those that read integers here and there, or only write."""
-    names = set(kernel.arg_names) - set(constants)  # type: ignore[attr-defined]
-    return AheadOfTime(
-        name=f"moe_permute.{kernel.__name__}{f'[{what}]' if what else ''}",  # type: ignore[attr-defined]
-        kernel=kernel,
-        types={name: types[name] for name in names},
-        constants=constants,
-        divisible_by_16=tuple(name for name in names if types[name].startswith("*") or name in ("D", "E")),
-        num_warps=num_warps,
-        num_stages=1,
-        tensor_cores=False,
-        wide_loads=wide_loads,
-    )
+    names = set(kernel.arg_names) - set(constants) - set(candidates[0])  # type: ignore[attr-defined]
+    return [
+        AheadOfTime(
+            name=f"moe_permute.{kernel.__name__}{f'[{what}]' if what else ''}",  # type: ignore[attr-defined]
+            kernel=kernel,
+            types={name: types[name] for name in names},
+            constants=constants,
+            parameters=parameters,
+            divisible_by_16=tuple(
+                name for name in names if types[name].startswith("*") or name in ("D", "E")
+            ),
+            tensor_cores=False,
+            wide_loads=wide_loads,
+        )
+        for parameters in candidates
+    ]
