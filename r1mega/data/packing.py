@@ -157,6 +157,5 @@ def _experts(samples: list[Sample], like: Sample, num_padding: int) -> Tensor | 
     _, layers, top_k = like.routed_experts.shape
     padding = np.broadcast_to(np.arange(top_k), (num_padding, layers, top_k))
     dtype = np.uint8 if like.routed_experts.dtype == np.uint8 else np.int16  # torch computes little in uint16
-    return torch.from_numpy(
-        np.concatenate([*(sample.routed_experts for sample in samples), padding], dtype=dtype, casting="unsafe")
-    )
+    arrays = [np.asarray(sample.routed_experts) for sample in samples]
+    return torch.from_numpy(np.concatenate([*arrays, padding]).astype(dtype))

@@ -33,7 +33,8 @@ def replay_routing(stages: Iterable[Trunk]) -> None:
 
 def replayed_experts(packed: PackedSequences | None, router: Any) -> Tensor:
     """int64 [T, K]: of the tokens that this router sees. ValueError where the batch does not say."""
-    assert packed is not None and packed.batch is not None
+    assert packed is not None
+    assert packed.batch is not None
     experts_TLK = packed.batch.experts_TLK
     if experts_TLK is None:
         raise ValueError("grpo.routing_replay=true: a packed batch came without its tokens' routed experts")

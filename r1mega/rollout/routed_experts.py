@@ -41,7 +41,7 @@ class RecordingRunner(CPUModelRunner):
             self._step = scheduler_output
         return super().execute_model(scheduler_output, *args, **options)
 
-    def sample_tokens(self, *args: Any, **options: Any) -> Any:
+    def sample_tokens(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         output = super().sample_tokens(*args, **options)
         if self._delivery is not None and isinstance(output, ModelRunnerOutput) and output.req_ids:
             output.aux_output_connector_output = self._experts_of(output, self._delivery)
