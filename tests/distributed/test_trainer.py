@@ -200,6 +200,7 @@ def test_without_kl_there_is_no_reference_and_nan_fails_the_gate(tmp_path):
 
 def replaying(trainer, _out: Path) -> None:
     from r1mega.models.experts import GroupLimitedRouter
+    from r1mega.parallel.pipeline import PipelineError
 
     (chunks,) = batch(0, trainer.config.parallel, rl=True)
     bare = chunks[0]
@@ -216,7 +217,7 @@ def replaying(trainer, _out: Path) -> None:
     old = trainer._prepared[0][0].old_logprobs_T
     assert torch.equal(old, policy)
     trainer.rl_update(None, 0)  # its gate compares the first update's ratio with 1
-    with pytest.raises(ValueError, match=r"grpo\.routing_replay=true: a packed batch came without"):
+    with pytest.raises(PipelineError, match=r"grpo\.routing_replay=true: a packed batch came without"):
         updated(trainer, [[bare]], 1)
 
 
