@@ -179,6 +179,9 @@ class GRPOConfig:
     """Truncated importance sampling: weight tokens by min(pi_old / pi_rollout, cap); 0 is off."""
     mask_truncated: bool = False
     """Leave outputs cut at max_tokens out of the loss. [open]"""
+    routing_replay: bool = False
+    """The policy sends each token to the experts that vLLM chose while it sampled ("rollout routing replay", R3: Stabilizing
+    MoE Reinforcement Learning by Aligning Training and Inference Routers)."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """The data's journey: Prompt -> Rollout -> Reward -> Sample -> PackedBatch.
 
 Each step makes a new frozen object; nothing is filled in later. Dims: n tokens of one sequence,
-T packed tokens of one micro-batch, S sequences in it.
+T packed tokens of one micro-batch, S sequences in it, L layers with experts, K experts of a token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class Rollout:
     """Version of the weights that sampled it."""
     max_tokens: int = 0
     """The length limit it was sampled under; 0 where nobody set one."""
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """uint8, or uint16 above 256 experts, [n-1, L, K]: the experts that each token of prompt and response but the last was
+    sent to, in each layer with experts. None without grpo.routing_replay."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Sample:
     """float32 [n-1]; None in SFT."""
     rollout_logprobs: np.ndarray | None = None
     """float32 [n-1], 0 where loss_mask is 0; None in SFT."""
+    routed_experts: np.ndarray | None = None
+    """The rollout's."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ class PackedBatch:
     values_T: Tensor | None = None
     """float32: the critic's, before the rollout's first update; None without a critic, and so are the returns."""
     returns_T: Tensor | None = None
+    experts_TLK: Tensor | None = None
+    """uint8 or int16: the experts of each token, in each layer with experts; None without grpo.routing_replay."""
 
     @property
     def num_sequences(self) -> int:

@@ -131,9 +131,13 @@ def _sample(rollout: Rollout, weight: float) -> Sample:
     loss_mask[response] = 1
     logprobs = np.zeros_like(loss_mask)
     logprobs[response] = rollout.response_logprobs
+    experts = rollout.routed_experts
+    if experts is not None and len(experts) != len(loss_mask):
+        raise ValueError(f"{name}: the experts of {len(experts)} tokens, there must be {len(loss_mask)}")
     return Sample(
         token_ids=np.array(rollout.prompt.token_ids + rollout.response_ids, dtype=np.int64),
         loss_mask=loss_mask,
         token_weights=loss_mask * np.float32(weight),
         rollout_logprobs=logprobs,
+        routed_experts=experts,
     )

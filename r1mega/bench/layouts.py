@@ -90,6 +90,8 @@ class Layout:
     """How tokens reach their experts: "alltoall" | "allgather"."""
     balance_loss: float = 0.1
     """Of the models with multi-token prediction."""
+    replay: bool = False
+    """Gates take random experts that come with the batches (models/replay.py)."""
 
     @property
     def ranks(self) -> int:
@@ -98,7 +100,7 @@ class Layout:
 
     def alone(self, dtype: str) -> Layout:
         """One process."""
-        return Layout(self.model, dtype=dtype, balance_loss=self.balance_loss)
+        return Layout(self.model, dtype=dtype, balance_loss=self.balance_loss, replay=self.replay)
 
 
 def _table() -> dict[str, Layout]:
@@ -146,6 +148,8 @@ def _table() -> dict[str, Layout]:
         for name in names:
             layout = (alone | layouts)[f"{name}, V3 MTP"]
             layouts[f"{name} recompute={recompute}, V3 MTP"] = replace(layout, recompute=recompute)
+    for name in REPLAYED:
+        layouts[f"{name} replay, V3 MTP"] = replace(layouts[f"{name}, V3 MTP"], replay=True)
     for name in IN_BFLOAT16:
         layouts[f"{name}, V3 MTP bfloat16"] = replace(layouts[f"{name}, V3 MTP"], dtype="bfloat16")
     return layouts
@@ -156,6 +160,7 @@ RECOMPUTED = {
     "full": ("1", "TP2", "EP2", "CP2", "PP2 dualpipev", "TP2 PP2 EP2", "TP2 PP2 EP2 replicas"),
     "selective": ("1", "TP2 EP2", "CP2 EP2", "PP2 1f1b"),
 }
+REPLAYED = ("CP2 EP2", "EP2 replicas", "PP2 dualpipev recompute=full", "TP2 PP2 EP2")
 IN_BFLOAT16 = (
     "TP2",
     "TP2 EP2",
@@ -197,6 +202,7 @@ def train(layout: Layout, mesh: Mesh, overlap: bool | None = None) -> Outcome:
     """The steps of one rank, on the mesh of the layout. overlap: as PipelinedModel's."""
     from r1mega.models.hf_weights import named_hf_tensors
     from r1mega.models.language_model import build_model
+    from r1mega.models.replay import replay_routing
     from r1mega.training.optimizer import Optimizer
     from r1mega.training.pipelined_model import PipelinedModel
 
@@ -233,9 +239,13 @@ def train(layout: Layout, mesh: Mesh, overlap: bool | None = None) -> Outcome:
         return sum(parts), optimizer.step(number).grad_norm
 
     def mine(number: int) -> list[PackedBatch]:
-        return micro_batches(number, hf_config["vocab_size"])[mesh.data_rank :: parallel.data]
+        batches = micro_batches(number, hf_config["vocab_size"])
+        batches = [_with_experts(batch, hf_config) for batch in batches] if layout.replay else batches
+        return batches[mesh.data_rank :: parallel.data]
 
     model = PipelinedModel(build, hf_config, options, parallel, mesh, overlap=overlap)
+    if layout.replay:
+        replay_routing(model.stages)
     # A usual epsilon would make steps of full size, either way, of gradients that are rounding errors.
     settings = OptimizerConfig(lr=1e-3, clip_grad=0.0)
     optimizer = Optimizer(model.stages, settings, parallel, STEPS, epsilon=1e-3)
@@ -286,6 +296,13 @@ def micro_batches(step: int, vocab_size: int) -> list[PackedBatch]:
             )
         )
     return made
+
+
+def _with_experts(batch: PackedBatch, hf_config: dict[str, Any]) -> PackedBatch:
+    generator = torch.Generator().manual_seed(int(batch.tokens_T.sum()))
+    layers = hf_config["num_hidden_layers"] - hf_config["first_k_dense_replace"]
+    scores_TLE = torch.rand(len(batch.tokens_T), layers, hf_config["n_routed_experts"], generator=generator)
+    return replace(batch, experts_TLK=scores_TLE.topk(hf_config["num_experts_per_tok"]).indices.byte())
 
 
 def _gather_shards(wrapped: Sequence[Any]) -> None:

@@ -101,7 +101,7 @@ def _deal(lengths: np.ndarray, bin_of_sample: np.ndarray, num_bins: int, num_ran
     return chunks_of_rank
 
 
-OPTIONAL_FIELDS = ("advantages", "rollout_logprobs")
+OPTIONAL_FIELDS = ("advantages", "rollout_logprobs", "routed_experts")
 
 
 def _check_samples(samples: list[Sample]) -> None:
@@ -146,4 +146,16 @@ def _build_batch(all_samples: list[Sample], members: list[int], align: int) -> P
         members=tuple(members),
         advantages_T=optional("advantages"),
         rollout_logprobs_T=optional("rollout_logprobs"),
+        experts_TLK=_experts(samples, like, num_padding),
     )
+
+
+def _experts(samples: list[Sample], like: Sample, num_padding: int) -> Tensor | None:
+    """[T, L, K]; padding goes to the first K experts, which are no worse than any others."""
+    if like.routed_experts is None:
+        return None
+    _, layers, top_k = like.routed_experts.shape
+    padding = np.broadcast_to(np.arange(top_k), (num_padding, layers, top_k))
+    dtype = np.uint8 if like.routed_experts.dtype == np.uint8 else np.int16  # torch computes little in uint16
+    arrays = [np.asarray(sample.routed_experts) for sample in samples]
+    return torch.from_numpy(np.concatenate([*arrays, padding]).astype(dtype))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from r1mega.models.attention import PackedSequences
 from r1mega.models.balance import real_tokens, sequences, with_balance_loss
+from r1mega.models.replay import replayed_experts
 from r1mega.parallel.weight_gradients import collector_of
 from r1mega.platforms import parameter_device
 from r1mega_kernels.grouped_topk import Replicas, grouped_topk
@@ -172,6 +173,8 @@ class GroupLimitedRouter(TopKRouter):
     replicas: Replicas | None = None
     """The slots that hold each expert, where hot experts have replicas (hot_experts.py)."""
     num_slots = 0
+    replayed: int | None = None
+    """Which of the batch's layers with experts this gate's is, where it takes the experts from there (replay.py)."""
     seen_E: Tensor | None = None
     """int64: how many tokens chose each expert, in passes of any kind, where expert_load.py follows it."""
 
@@ -199,6 +202,7 @@ class GroupLimitedRouter(TopKRouter):
             normalise=config.norm_topk_prob,
             scale=config.moe_router_topk_scaling_factor or 1.0,
             counted_T=None if packed is None else real_tokens(packed, self),
+            replay_TK=None if self.replayed is None else replayed_experts(packed, self),
             replicas=self.replicas,
             **({} if balanced is None else sequences(balanced, self)),
         )

@@ -99,6 +99,7 @@ class RolloutEngine:
         seed = sample_seed(config.seed, 0, "engine", engine_index) >> 32
         platform = platforms.detect(config.platform)
         self._llm = self._thread.submit(build_engine, config, platform, model_path, seed, threads).result()
+        self._dense_layers = getattr(self._llm.model_config.hf_config, "first_k_dense_replace", 0)
 
     # ------------------------------------------------------------ generation
 
@@ -191,10 +192,11 @@ class RolloutEngine:
             assert output.finish_reason in ("stop", "length"), f"finish reason {output.finish_reason!r}"
             logprobs = tuple(output.logprobs.logprobs)
             assert len(logprobs) == len(tokens), f"{len(logprobs)} log-probs for {len(tokens)} tokens"
+            end, experts = output.finish_reason, output.routed_experts
+            if experts is not None:
+                experts = experts[:, self._dense_layers :]
             rollouts.append(
-                Rollout(
-                    prompt, index, tuple(tokens), logprobs, text, output.finish_reason, self._version, limit
-                )
+                Rollout(prompt, index, tuple(tokens), logprobs, text, end, self._version, limit, experts)
             )
         return rollouts
 

@@ -43,7 +43,10 @@ def build_engine(
         forbid_torch_compile()
     from vllm import EngineArgs, LLMEngine
 
-    return LLMEngine.from_engine_args(EngineArgs(**options))
+    vllm_config = EngineArgs(**options).create_engine_config()
+    if config.grpo.routing_replay and platform is CPU:  # vLLM's own check does not know routed_experts.py
+        vllm_config.aux_output_config.enable_return_routed_experts = True
+    return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=options["disable_log_stats"])
 
 
 def engine_options(config: RunConfig, platform: Platform, model_path: str, seed: int) -> dict[str, Any]:
@@ -84,6 +87,8 @@ def _gpu_options(config: RunConfig, max_model_len: int) -> dict[str, Any]:
     }
     if config.rollout.kv_cache_gib:
         options["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib * 2**30)
+    if config.grpo.routing_replay:
+        options["enable_return_routed_experts"] = True
     ranks, replicas = config.rollout.tensor_parallel, config.parallel.expert_replicas
     if replicas and ranks > 1:  # vLLM's own balancer, with expert_placement.py's policy
         options |= {

@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 
 from r1mega import platforms
+from r1mega.rollout import routed_experts
 from r1mega.rollout.expert_placement import begin_loading, finish_loading, install
 from r1mega.rollout.weight_sync import (
     Bucket,
@@ -210,3 +211,4 @@ def _expand_batch_to_tokens(
 
 if current_platform.is_cpu():
     rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens  # type: ignore[assignment]
+    routed_experts.install()

@@ -27,6 +27,7 @@ def check_model(config: RunConfig) -> None:
     _check_weights(config)
     check_mesh(config.parallel, hf_config)
     _check_mtp(config, hf_config)
+    _check_replay(config, hf_config)
     if config.stage == "rl":
         max_model_len(config, hf_config)
         return
@@ -68,6 +69,14 @@ def _check_weights(config: RunConfig) -> None:
     if config.model.init == "checkpoint" and not any(Path(config.model.path).glob("*.safetensors")):
         raise FileNotFoundError(
             f"{config.model.path}: no *.safetensors; model.init=random would draw the weights"
+        )
+
+
+def _check_replay(config: RunConfig, hf_config: dict[str, Any]) -> None:
+    if config.stage == "rl" and config.grpo.routing_replay and not hf_config.get("n_routed_experts"):
+        raise ConfigError(
+            f"grpo.routing_replay=true: {config.model.path} ({hf_config['model_type']}) has no experts to route to; "
+            "set it to false"
         )
 
 

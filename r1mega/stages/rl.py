@@ -278,6 +278,12 @@ class ReinforcementLearning:
                 f"gate every-rollout-counts, step {self.step}: a mini-batch has no output left, all were cut at the "
                 "length limit and masked (grpo.mask_truncated): raise rollout.max_tokens"
             )
+        unrouted = [rollout for rollout in rollouts if rollout.routed_experts is None]
+        if self.config.grpo.routing_replay and unrouted:
+            raise LostRollouts(
+                f"gate routed-experts, step {self.step}: {len(unrouted)} outputs came without the experts that sampled them, "
+                f"such as output {unrouted[0].index} of prompt {unrouted[0].prompt.id}; grpo.routing_replay needs all"
+            )
         if versions != {self.step}:
             raise LostRollouts(
                 f"gate weight-version, step {self.step}: outputs were sampled with weights of step {sorted(versions)}"

@@ -50,6 +50,10 @@ class Trainer:
 
         self.hf_config = load_hf_config(config.model.path)
         self.model = self._build()
+        if config.stage == "rl" and config.grpo.routing_replay:
+            from r1mega.models.replay import replay_routing
+
+            replay_routing(self.model.stages)
         needs_reference = config.stage == "rl" and config.grpo.kl_coef > 0
         self.reference = self._build() if needs_reference else None
         if self.reference is not None:

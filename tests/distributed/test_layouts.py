@@ -37,8 +37,10 @@ SAMPLED = {
         "PP2 dualpipev recompute=full, V3 MTP",
         "TP2, V3 MTP bfloat16",
         "PP2 dualpipev, V3 MTP bfloat16",
+        "CP2 EP2 replay, V3 MTP",
         "EP4 replicas allgather, V3 MTP",
         "TP2 PP2 EP2, V3 MTP",
+        "TP2 PP2 EP2 replay, V3 MTP",
         "PP2 CP2 EP2, V3 MTP",
         "PP2 DP2 EP2 ZeRO-1, V3",
         "PP4 dualpipev, deep V3 MTP",
@@ -95,3 +97,4 @@ def test_the_layouts_cover_every_axis(table: dict[str, Layout]) -> None:
         assert field.name == "tokens_per_chunk" or len(used) > 1, field.name
     assert {layout.dispatcher for layout in table.values()} == {"alltoall", "allgather"}
     assert {layout.dtype for layout in table.values()} == {"float32", "bfloat16"}
+    assert {layout.replay for layout in table.values()} == {True, False}

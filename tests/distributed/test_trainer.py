@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny_models import DEEPSEEK_V3, free_port
 
-from r1mega.config import GRPOConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from r1mega.config import GRPOConfig, ModelConfig, OptimizerConfig, ParallelConfig, PPOConfig, RunConfig
 from r1mega.data.packing import pack
 from r1mega.samples import Sample
 
@@ -196,6 +196,34 @@ def without_reference(trainer, _out: Path) -> None:
 def test_without_kl_there_is_no_reference_and_nan_fails_the_gate(tmp_path):
     config = config_of(tmp_path / "model", "rl", grpo=GRPOConfig(kl_coef=0.0))
     in_processes(1, without_reference, config, tmp_path)
+
+
+def replaying(trainer, _out: Path) -> None:
+    from r1mega.models.experts import GroupLimitedRouter
+    from r1mega.parallel.pipeline import PipelineError
+
+    (chunks,) = batch(0, trainer.config.parallel, rl=True)
+    bare = chunks[0]
+    scores_TLE = torch.rand(len(bare.tokens_T), 2, 8, generator=torch.Generator().manual_seed(0))
+    routed = dataclasses.replace(bare, experts_TLK=scores_TLE.topk(3).indices.byte())
+    (reference,), (again,) = (trainer.logprobs(trainer.reference, [b]) for b in (bare, routed))
+    assert torch.equal(reference, again)
+    (policy,) = trainer.logprobs(trainer.model, [routed])
+    assert float((policy - reference).abs().max()) > 1e-3, "equal weights, other experts"
+    critics = [m for m in trainer.critic.model.stages[0].modules() if isinstance(m, GroupLimitedRouter)]
+    assert [router.replayed for router in critics] == [None, None]
+    honest = dataclasses.replace(routed, rollout_logprobs_T=policy, returns_T=torch.zeros_like(policy))
+    trainer.rl_prepare([[honest], [honest]], 0)
+    old = trainer._prepared[0][0].old_logprobs_T
+    assert torch.equal(old, policy)
+    trainer.rl_update(None, 0)  # its gate compares the first update's ratio with 1
+    with pytest.raises(PipelineError, match=r"grpo\.routing_replay=true: a packed batch came without"):
+        updated(trainer, [[bare]], 1)
+
+
+def test_replay_is_the_policys_alone_in_old_logprobs_and_updates(tmp_path):
+    grpo, ppo = GRPOConfig(kl_coef=0.01, routing_replay=True), PPOConfig(enabled=True)
+    in_processes(1, replaying, config_of(tmp_path / "model", "rl", grpo=grpo, ppo=ppo), tmp_path)
 
 
 def refreshing(trainer, _out: Path) -> None:

@@ -67,7 +67,7 @@ def tiny_run(tiny_model: Path) -> RunConfig:
         rollout=RolloutConfig(
             engines=2, max_tokens=((0, 24),), dtype="float32", kv_cache_gib=0.0625, max_concurrent=32
         ),
-        grpo=GRPOConfig(group_size=4, questions_per_step=6),
+        grpo=GRPOConfig(group_size=4, questions_per_step=6, routing_replay=True),
     )
 
 

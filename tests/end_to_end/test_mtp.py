@@ -44,7 +44,7 @@ def test_mtp_learns_drafts_and_keeps_the_gates(tmp_path: Path) -> None:
         "run", "configs/tiny/r1_zero_mtp.py", f"model={base / 'hf'}", f"data={questions}", f"dir={rl}",
         "num_steps=3", "parallel.data=1", "rollout.engines=1", "grpo.group_size=4",
         "grpo.questions_per_step=8", "rollout.max_tokens=40", "data.eval_size=8", "optimizer.warmup_steps=0",
-        "rewards.cpu_seconds=0.2",
+        "rewards.cpu_seconds=0.2", "grpo.routing_replay=true",
         scratch=tmp_path,
     )  # fmt: skip
     lines = metrics_of(rl)

@@ -17,10 +17,14 @@ from typing import Any
 import pytest
 import torch
 from rollout_fixtures import LAYERS, checkpoint_weights, deepseek, spawn_engine
+from safetensors.torch import save_file
+from tiny_models import mesh_of
 from torch import Tensor
 
 from r1mega import cluster, cluster_watch, platforms
-from r1mega.config import RunConfig
+from r1mega.algorithms.credit import plan_samples
+from r1mega.config import ParallelConfig, RunConfig
+from r1mega.data.packing import pack
 from r1mega.rollout.engine import EngineDied, RolloutGroup, Sampling, greedy_sampling, rollout_sampling
 from r1mega.rollout.weight_sync import (
     Bucket,
@@ -133,6 +137,31 @@ def _tokenizer(config: RunConfig) -> Any:
     return AutoTokenizer.from_pretrained(config.model.path)
 
 
+def other_choices(config: RunConfig, weights: dict[str, Tensor], rollouts: list[Rollout], path: Path) -> int:
+    """At how many (token, layer) the trainer's own gates, in fp32, choose other experts than the engine did."""
+    path.mkdir()
+    save_file(weights, path / "model.safetensors")
+    (samples,) = plan_samples(rollouts, config, 0).mini_batches
+    batches, different = pack(samples, 1, 512)[0], 0
+    with mesh_of(ParallelConfig()), pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        from r1mega.models import experts
+        from r1mega.models.hf_config import load_hf_config
+        from r1mega.models.hf_weights import import_hf
+        from r1mega.models.language_model import build_model
+
+        model = build_model(load_hf_config(config.model.path), config.model, config.parallel, seed=1).eval()
+        import_hf(model, str(path))
+        seen, operator = [], experts.grouped_topk
+        patch.setattr(experts, "grouped_topk", lambda *a, **k: seen.append(operator(*a, **k)) or seen[-1])
+        for batch in batches:
+            seen.clear()
+            model(batch)
+            own_TLK = torch.stack([routing.expert_TK for routing in seen[: LAYERS - 1]], dim=1)
+            same_TLK = own_TLK.sort(-1).values == batch.experts_TLK.long().sort(-1).values
+            different += int((~same_TLK.all(-1)).sum())
+    return different
+
+
 @pytest.mark.parametrize("bucket_bytes", [4096, 1 << 30])
 def test_engine_logprobs_equal_transformers_after_a_sync(
     engines: RolloutGroup, tiny_run: RunConfig, tmp_path: Path, bucket_bytes: int
@@ -173,6 +202,29 @@ def test_logprobs_equal_transformers_before_and_after_a_sync_with_mtp(
     assert largest_difference(before, first) < TOLERANCE
     assert largest_difference(after, second) < TOLERANCE
     assert {rollout.weight_version for rollout in second} == {2}
+    assert other_choices(speculative_run, weights, second, tmp_path / "second") <= 1, (
+        "rejected drafts do not count"
+    )
+
+
+def test_routed_experts_are_the_trainers_own_choice(
+    engines: RolloutGroup, tiny_run: RunConfig, tmp_path: Path
+) -> None:
+    """After a sync too, and for prompt tokens that came from the prefix cache (a block is 32 tokens)."""
+    _, weights = new_weights(tiny_run, tmp_path, seed=21)
+    sampling = replace(rollout_sampling(tiny_run, 0), max_tokens=12)
+    asked = [replace(p, token_ids=(p.token_ids * 5)[:44]) for p in prompts(tiny_run, 4)]
+
+    async def run() -> list[list[Rollout]]:
+        stale = await collect(engines, asked, sampling)
+        await synchronise(engines, weights, version=3)
+        return [stale, await collect(engines, asked, sampling), await collect(engines, asked, sampling)]
+
+    stale, fresh, cached = asyncio.run(run())
+    tokens = sum(len(r.prompt.token_ids) + len(r.response_ids) - 1 for r in fresh)
+    assert other_choices(tiny_run, weights, fresh, tmp_path / "fresh") <= tokens // 500
+    assert other_choices(tiny_run, weights, cached, tmp_path / "cached") <= tokens // 500
+    assert other_choices(tiny_run, weights, stale, tmp_path / "stale") > tokens // 5, "the weights differ"
 
 
 def test_seeds_repeat_and_depend_on_the_step(engines: RolloutGroup, tiny_run: RunConfig) -> None:

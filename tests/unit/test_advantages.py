@@ -163,6 +163,17 @@ def test_advantages_find_their_sequence_in_every_chunk():
             assert torch.equal(bare.loss_mask_T * advantages_S[bare.sequence_of_T], full.advantages_T)
 
 
+def test_a_sample_has_the_experts_of_its_rollout():
+    item = scored("p7", 3, 1.0)
+    experts = np.arange(4 * 2 * 2, dtype=np.uint8).reshape(4, 2, 2)
+    object.__setattr__(item.rollout, "routed_experts", experts)
+    ((sample,),) = build_samples([item], run_config(), step=0)
+    np.testing.assert_array_equal(sample.routed_experts, experts)
+    object.__setattr__(item.rollout, "routed_experts", experts[1:])
+    with pytest.raises(ValueError, match="output 3 of prompt p7: the experts of 3 tokens, there must be 4"):
+        build_samples([item], run_config(), step=0)
+
+
 def test_a_rollout_without_its_logprobs_is_refused_by_name():
     broken = scored("p7", 3, 1.0)
     object.__setattr__(broken.rollout, "response_logprobs", (0.0,))

@@ -28,6 +28,7 @@ def make_samples(lengths: list[int], *, optional: bool = True) -> list[Sample]:
             token_weights=values(n),
             advantages=values(n) if optional else None,
             rollout_logprobs=values(n) if optional else None,
+            routed_experts=rng.integers(0, 256, (n - 1, 2, 3), np.uint8) if optional else None,
         )
         for n in lengths
     ]
@@ -61,6 +62,7 @@ def test_every_sample_lands_exactly_once_with_all_its_fields(lengths, num_ranks,
                 for name in ("loss_mask", "token_weights", "advantages", "rollout_logprobs"):
                     packed = getattr(batch, name + "_T")[where].numpy()
                     np.testing.assert_array_equal(packed, getattr(sample, name))
+                np.testing.assert_array_equal(batch.experts_TLK[where].numpy(), sample.routed_experts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,6 +122,7 @@ def test_padding_is_the_last_sequence_and_weighs_nothing():
     ):  # fmt: skip
         assert not values[13:].any()
     assert batch.positions_T[13:].tolist() == [0, 1, 2]
+    assert batch.experts_TLK[13:].tolist() == [[[0, 1, 2]] * 2] * 3, "a token's experts differ"
 
 
 def test_without_alignment_there_is_no_padding():
@@ -137,6 +140,7 @@ def test_ranks_without_a_sample_get_a_chunk_of_padding_alone(align, length):
         assert batch.positions_T.tolist() == list(range(length))
         assert not batch.token_weights_T.any()
         assert batch.advantages_T is not None
+        assert batch.experts_TLK.shape == (length, 2, 3)
         assert unpack(batch.loss_mask_T, batch) == []
 
 
@@ -159,6 +163,14 @@ def test_fields_that_no_sample_has_stay_none():
     assert batch.advantages_T is None
     assert batch.rollout_logprobs_T is None
     assert batch.old_logprobs_T is None
+    assert batch.experts_TLK is None
+
+
+def test_numbers_of_more_than_256_experts_survive():
+    experts = np.array([[[300, 511]], [[0, 256]]], np.uint16)
+    sample = Sample(np.arange(3), np.ones(2, np.float32), np.ones(2, np.float32), routed_experts=experts)
+    ((batch,),) = pack([sample], 1, 16)
+    assert batch.experts_TLK.tolist() == experts.tolist()
 
 
 def test_a_sample_longer_than_a_chunk_is_named():
