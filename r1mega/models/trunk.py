@@ -66,6 +66,7 @@ class Trunk(GPTModel):
     hf_config: dict[str, Any]
     share_embeddings_and_output_weights: bool
     mtp_process: bool
+    pre_process: bool
     part: StagePart
     weight_table: list[Weight]
     """Of this part, under its own parameter names: a stage counts its layers from 0."""
