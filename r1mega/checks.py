@@ -194,6 +194,11 @@ def _rl(config: RunConfig) -> Iterator[str]:
         yield f"rollout.engines={rollout.engines}: more engines than the {config.questions_per_rollout} questions of a rollout"
     if rollout.temperature == 0:
         yield "rollout.temperature=0: greedy outputs of a group are all equal; training needs a temperature above 0"
+    if config.parallel.expert_replicas and rollout.tensor_parallel > 1 and rollout.speculative_tokens:
+        yield (
+            f"rollout.speculative_tokens={rollout.speculative_tokens} with parallel.expert_replicas and "
+            "rollout.tensor_parallel above 1: vLLM loads no replicas of the drafting layer's experts; set one of them to 0"
+        )
     if rollout.top_p < 1:
         yield f"rollout.top_p={rollout.top_p}: the trainer's log-probs are of the whole vocabulary; training needs 1.0"
     longest = config.data.max_prompt_tokens + max(value for _, value in rollout.max_tokens)

@@ -396,6 +396,12 @@ def _convert(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("r1mega: interrupted; nothing is left of it, the same command begins anew", file=sys.stderr)
         return 130
+    except (*USERS_MISTAKES, OSError):
+        raise
+    except Exception as error:
+        details = _write_traceback(Path(f"{options.target}-error.log"))
+        print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -89,8 +89,8 @@ class ParallelConfig:
     """Stages of each rank under "interleaved"; a V placement (all but "1f1b" and "zb1p") always has two."""
     expert: int = 1
     expert_replicas: int = 0
-    """Copies of the busiest experts in each expert-parallel process (models/hot_experts.py), placed anew before each pass
-    by the load of the last ones; in engines with tensor_parallel > 1 too, on GPUs. They cost memory and the copying."""
+    """Copies of the busiest experts in each expert-parallel process (models/hot_experts.py), placed anew for each rollout
+    or step; in engines with tensor_parallel > 1 too, on GPUs. A run that resumes then goes on to rounding, not to the bit."""
     expert_tensor: int = 1
     context: int = 1
     data: int = 1

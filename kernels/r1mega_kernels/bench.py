@@ -71,42 +71,47 @@ def tune(trials: Iterable[Trial], device: str, device_name: str, repeats: int) -
 
     A candidate that gives wrong results or cannot be launched is dropped, and said so; the default's error rises.
     """
+    with tuning.writing():
+        return [row for trial in trials for row in _tried(trial, device, device_name, repeats)]
+
+
+def _tried(trial: Trial, device: str, device_name: str, repeats: int) -> list[dict[str, Any]]:
     rows = []
-    for trial in trials:
-        name, default = trial.tunable.name, trial.tunable.candidates[0]
-        alive = [parameters for parameters in trial.tunable.candidates if _is_right(trial, parameters)]
-        times: list[list[float]] = [[] for _ in alive]
-        asked: set[str] = set()
-        for repeat in range(repeats + 1):  # the first turn warms up
-            inputs = trial.make_inputs()
-            for parameters, taken in zip(alive, times, strict=True):
-                with trial.tunable.forced(parameters) as shapes:
-                    microseconds, _ = timed(lambda: trial.call(inputs), device)  # noqa: B023 (called at once)
-                asked |= shapes
-                if repeat:
-                    taken.append(microseconds)
-        assert asked, f"{name}: the trial never launched it"
-        medians = [statistics.median(taken) for taken in times]
-        fastest = min(range(len(alive)), key=medians.__getitem__)
-        if medians[fastest] > MARGIN * medians[0]:
-            fastest = 0
-        best = Entry(alive[fastest], medians[fastest], medians[0], torch.__version__, version("triton"))
-        file = tuning.write(device_name, {name: dict.fromkeys(asked, best)})
-        print(f"\n{name}, {', '.join(sorted(asked))}\n{'microseconds':>14}{'of default':>12}  parameters")
-        for parameters, median in sorted(zip(alive, medians), key=lambda pair: pair[1]):
-            mark = " (default)" if parameters == default else ""
-            mark += " <- kept" if parameters == alive[fastest] else ""
-            print(f"{median:14.1f}{median / medians[0]:12.3f}  {_text(parameters)}{mark}")
-            row = {"tunable": name, "shapes": sorted(asked), "parameters": parameters, "microseconds": median}
-            rows.append(row | {"kept": parameters == alive[fastest]})
-        print(f"written to {file}")
+    name, default = trial.tunable.name, trial.tunable.candidates[0]
+    alive = [parameters for parameters in trial.tunable.candidates if _is_right(trial, parameters)]
+    times: list[list[float]] = [[] for _ in alive]
+    asked: set[str] = set()
+    for repeat in range(repeats + 1):  # the first turn warms up
+        inputs = trial.make_inputs()
+        for parameters, taken in zip(alive, times, strict=True):
+            with trial.tunable.forced(parameters) as shapes:
+                microseconds, _ = timed(lambda: trial.call(inputs), device)  # noqa: B023 (called at once)
+            asked |= shapes
+            if repeat:
+                taken.append(microseconds)
+    assert asked, f"{name}: the trial never launched it"
+    medians = [statistics.median(taken) for taken in times]
+    fastest = min(range(len(alive)), key=medians.__getitem__)
+    if medians[fastest] > MARGIN * medians[0]:
+        fastest = 0
+    best = Entry(alive[fastest], medians[fastest], medians[0], torch.__version__, version("triton"))
+    file = tuning.write(device_name, {name: dict.fromkeys(asked, best)})
+    print(f"\n{name}, {', '.join(sorted(asked))}\n{'microseconds':>14}{'of default':>12}  parameters")
+    for parameters, median in sorted(zip(alive, medians), key=lambda pair: pair[1]):
+        mark = " (default)" if parameters == default else ""
+        mark += " <- kept" if parameters == alive[fastest] else ""
+        print(f"{median:14.1f}{median / medians[0]:12.3f}  {_text(parameters)}{mark}")
+        row = {"tunable": name, "shapes": sorted(asked), "parameters": parameters, "microseconds": median}
+        rows.append(row | {"kept": parameters == alive[fastest]})
+    print(f"written to {file}")
     return rows
 
 
-def require_gpu() -> None:
-    """ValueError where there is none to tune for."""
+def check_can_tune() -> None:
+    """ValueError without a GPU to tune for, or a place to keep what is found."""
     if not torch.cuda.is_available():
         raise ValueError(NEEDS_A_GPU)
+    tuning.check_writable()
 
 
 def _is_right(trial: Trial, parameters: Parameters) -> bool:

@@ -98,6 +98,8 @@ def test_parameters_that_are_no_candidate_are_an_error(parameters):
     tuning.write(NAME, {"op.kernel": {"a": Entry(parameters, 1.0, 1.0, "", "")}})
     with pytest.raises(ValueError, match=r"op.kernel, a: .* is no candidate .*`r1mega bench op --tune`"):
         OP.on(GPU, "a")
+    with tuning.writing():
+        assert OP.on(GPU, "a") == OP.candidates[0], "else the command that the error names could not mend it"
 
 
 def test_sizes_up_to_a_power_of_two_are_one_class():

@@ -67,6 +67,8 @@ class Tunable:
         if entry is None:
             return self.candidates[0]
         if entry.parameters not in self.candidates:
+            if _tuning:
+                return self.candidates[0]
             raise ValueError(
                 f"{file}: {self.name}, {shapes}: {entry.parameters} is no candidate of this version; "
                 f"run `r1mega bench {self.name.partition('.')[0]} --tune`, or delete the entry"
@@ -88,12 +90,32 @@ class Tunable:
 
 
 _forced: dict[str, tuple[Parameters, set[str]]] = {}
+_tuning: list[bool] = []
+"""Not empty while entries are written: those of an older version do not stand in the way then."""
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """While tuning."""
+    _tuning.append(True)
+    try:
+        yield
+    finally:
+        _tuning.pop()
 
 
 def shape_class(*kinds: object, **sizes: int) -> str:
     """("bfloat16", V=129280) -> "bfloat16 V131072": sizes up to the same power of two are one class."""
     rounded = [f"{name}{1 << max(0, size - 1).bit_length()}" for name, size in sizes.items()]
     return " ".join([*(str(kind).removeprefix("torch.") for kind in kinds), *rounded])
+
+
+def check_writable() -> None:
+    """ValueError where no file could be kept."""
+    if not os.access(FOLDER if FOLDER.exists() else FOLDER.parent, os.W_OK):
+        raise ValueError(
+            f"{FOLDER} cannot be written, where tuned parameters are kept: tune in a checkout of your own"
+        )
 
 
 def file_of(device_name: str) -> Path:

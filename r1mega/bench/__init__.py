@@ -27,7 +27,7 @@ from typing import Any
 
 from r1mega.bench.machine import machine
 from r1mega.config import ConfigError
-from r1mega_kernels.bench import require_gpu
+from r1mega_kernels.bench import check_can_tune
 
 KERNEL_BENCHES = {
     "packing": "r1mega_kernels.packing.bench_packing",
@@ -112,7 +112,7 @@ def _tuned(what: str, chosen: Sequence[str]) -> list[str]:
     offered = [name for name in KERNEL_BENCHES if name not in NOT_TUNED]
     if what != "kernels" and what not in offered:
         raise ConfigError(f"--tune: {what} has nothing to tune; it is one of kernels, {', '.join(offered)}")
-    require_gpu()
+    check_can_tune()
     return [name for name in chosen if name in offered]
 
 

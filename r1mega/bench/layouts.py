@@ -235,6 +235,7 @@ def train(layout: Layout, mesh: Mesh, overlap: bool | None = None) -> Outcome:
             return value
 
         optimizer.zero_grad()
+        model.place_experts()
         model.forward_backward(optimizer.wrapped, batches, compute, loss)
         return sum(parts), optimizer.step(number).grad_norm
 

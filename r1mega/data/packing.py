@@ -155,7 +155,7 @@ def _experts(samples: list[Sample], like: Sample, num_padding: int) -> Tensor | 
     if like.routed_experts is None:
         return None
     _, layers, top_k = like.routed_experts.shape
-    padding = np.broadcast_to(np.arange(top_k), (num_padding, layers, top_k))
+    padding = np.broadcast_to(np.arange(top_k, dtype=like.routed_experts.dtype), (num_padding, layers, top_k))
     dtype = np.uint8 if like.routed_experts.dtype == np.uint8 else np.int16  # torch computes little in uint16
     arrays = [np.asarray(sample.routed_experts) for sample in samples]
-    return torch.from_numpy(np.concatenate([*arrays, padding]).astype(dtype))
+    return torch.from_numpy(np.concatenate([*arrays, padding]).astype(dtype, copy=False))

@@ -57,8 +57,12 @@ def files_of(path: Path) -> dict[str, Path]:
 
 def in_order_of_the_files(files: Mapping[str, Path]) -> list[str]:
     """The names as their bytes lie on the disk."""
-    found = [name for file in sorted(set(files.values())) for name in _opened(file).offset_keys()]
-    return [name for name in found if name in files]
+    return [
+        name
+        for file in sorted(set(files.values()))
+        for name in _opened(file).offset_keys()
+        if files.get(name) == file  # a tensor may lie in another file too
+    ]
 
 
 def open_tensors(path: Path, files: Mapping[str, Path], names: Iterable[str]) -> tuple[Slices, Slices]:

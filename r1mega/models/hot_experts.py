@@ -1,4 +1,4 @@
-"""Replicas of hot experts while a model computes: `with HotExperts(stages, replicas).placed(): ...`.
+"""Replicas of hot experts while a model computes: `hot.place()` now and then, `with hot.placed(): ...` around each pass.
 
 Inside, every layer's tokens go to slots instead of experts: the gate names the slot of each token's expert
 (r1mega_kernels/grouped_topk), a dispatcher of as many "experts" as there are slots brings the tokens there, and the experts
@@ -15,7 +15,7 @@ import copy
 import itertools
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +32,15 @@ from r1mega_kernels.eplb import Placement, rebalance_experts
 from r1mega_kernels.grouped_topk import Replicas
 
 WINDOW = 16
-"""Passes whose load decides a placement."""
+"""How many placements ago load still counts."""
 
 
 class HotExperts:
-    """The replicas of one model's busiest experts, placed anew before each pass."""
+    """The replicas of one model's busiest experts.
+
+    Passes that are compared with each other (old log-probs and the first update) must have one placement between them: another
+    one rounds otherwise. The load is not in checkpoints, so a run that resumes goes on to rounding, not bit for bit.
+    """
 
     def __init__(self, stages: Iterable[torch.nn.Module], replicas: int) -> None:
         """stages: those of this process. replicas: slots of each expert-parallel rank beside its experts' own. Collective."""
@@ -46,20 +50,19 @@ class HotExperts:
         self.load = ExpertLoad(self.stages, WINDOW, everyone)
         group = parallel_state.get_expert_model_parallel_group()
         self.replicas, self.num_ranks, self.num_nodes = replicas, group.size(), _nodes(group)
-        self.balance: dict[str, float] = {}
-        """Load of the busiest rank over the mean, averaged over layers, as the last placement foresaw it."""
+        self.balance: dict[str, tuple[float, int]] = {}
+        """Load of the busiest rank over the mean, as the last placement foresaw it: summed over the layers, and their number."""
+        self._placement: Placement | None = None
 
-    @contextmanager
-    def placed(self) -> Iterator[None]:
-        """For one pass. Collective over the ranks that compute the same layers."""
+    def place(self) -> None:
+        """Anew, by the load of the passes until now. Collective over the ranks that compute the same layers."""
         self.load.observe()
         if not self.layers:
-            yield
             return
         shares_LE = self.load.shares_LE()
         num_slots = shares_LE.shape[1] + self.replicas * self.num_ranks
         groups = self.layers[0].config.moe_router_num_groups or 1
-        placement = rebalance_experts(
+        self._placement = placement = rebalance_experts(
             shares_LE, num_slots, groups, self.num_nodes, self.num_ranks, solver="across_nodes"
         )
         of_slot_LP = (shares_LE / placement.replicas_LE).gather(1, placement.expert_of_slot_LP)
@@ -67,12 +70,16 @@ class HotExperts:
             "without_replicas": self._busiest(shares_LE),
             "with_replicas": self._busiest(of_slot_LP),
         }
-        with replicated_experts(self.stages, placement):
-            yield
 
-    def _busiest(self, load_LX: Tensor) -> float:
+    def placed(self) -> AbstractContextManager[None]:
+        """Around one pass."""
+        if self.layers and self._placement is None:
+            self.place()
+        return replicated_experts(self.stages, self._placement) if self._placement else nullcontext()
+
+    def _busiest(self, load_LX: Tensor) -> tuple[float, int]:
         of_ranks = load_LX.view(len(load_LX), self.num_ranks, -1).sum(dim=-1)
-        return float((of_ranks.amax(dim=-1) / of_ranks.mean(dim=-1).clamp(min=1e-30)).mean())
+        return float((of_ranks.amax(dim=-1) / of_ranks.mean(dim=-1).clamp(min=1e-30)).sum()), len(load_LX)
 
 
 def expert_layers(stages: Iterable[torch.nn.Module]) -> list[MoELayer]:

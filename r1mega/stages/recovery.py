@@ -2,7 +2,8 @@
 
 Only faults of the machine are: a process that is gone, ranks that no longer meet. An exception that our code raised
 (a gate, a bad value, a full disk) would come again and ends the run at once. A trainer that lost a rank starts again
-from the newest complete checkpoint, and the steps after it are repeated bit for bit. Engines: engines.py.
+from the newest complete checkpoint, and the steps after it are repeated bit for bit (with parallel.expert_replicas, to
+rounding). Engines: engines.py.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def combine_reports(reports: Sequence[dict[str, Any]], num_updates: int = 1) -> 
         metrics["critic_grad_norm"] = reports[0]["critic_grad_norm"]
     balances = [report["expert_balance"] for report in reports if report["expert_balance"]]
     for name in balances[0] if balances else ():
-        metrics[f"busiest_expert_rank/{name}"] = sum(balance[name] for balance in balances) / len(balances)
+        total, layers = (sum(column) for column in zip(*(balance[name] for balance in balances), strict=True))
+        metrics[f"busiest_expert_rank/{name}"] = total / layers
     return metrics | {
         "grad_norm": reports[0]["grad_norm"],
         "lr": reports[0]["lr"],

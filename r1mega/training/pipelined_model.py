@@ -186,9 +186,14 @@ class PipelinedModel:
         return results
 
     @property
-    def expert_balance(self) -> dict[str, float]:
+    def expert_balance(self) -> dict[str, tuple[float, int]]:
         """The busiest expert-parallel rank's load over the mean, as hot_experts.py has it; empty without replicas."""
         return {} if self._hot_experts is None else self._hot_experts.balance
+
+    def place_experts(self) -> None:
+        """Give the experts that were busiest of late their replicas, where there are any (parallel.expert_replicas)."""
+        if self._hot_experts is not None:
+            self._hot_experts.place()
 
     def _replicate_experts(self) -> HotExperts | None:
         if not self.parallel.expert_replicas:

@@ -70,6 +70,7 @@ class RewardModel:
         """
         if not token_id_lists:
             return []
+        self.model.place_experts()
         config = self.config
         capacity = max(config.parallel.tokens_per_chunk, *map(len, token_id_lists)) + config.token_alignment
         examples = [[sequence] for sequence in token_id_lists]
@@ -102,6 +103,7 @@ class RewardTrainer(RewardModel):
     def update(self, chunks: list[PreferenceBatch], step: int) -> dict[str, Any]:
         """One optimizer step over this rank's chunks; returns process.update_report's dict."""
         self.saver.check()
+        self.model.place_experts()
         parts = self._accumulate(chunks)
         report = self.optimizer.step(step)
         return update_report(self.process, parts, [report.grad_norm], report.lr, self.model)

@@ -116,6 +116,9 @@ class Trainer:
         """
         self.saver.check()
         self._maybe_refresh_reference(step)
+        for model in (self.model, self.reference, self.critic.model if self.critic is not None else None):
+            if model is not None:
+                model.place_experts()  # until the next rollout
         mini_batches = [[on_device(batch, self.device) for batch in chunks] for chunks in mini_batches]
         if self.reference is not None:
             mini_batches = self._with(mini_batches, "ref_logprobs_T", self.reference)
@@ -167,6 +170,7 @@ class Trainer:
         def loss(outputs: TokenOutputs, batch: PackedBatch) -> tuple[Tensor, Metrics]:
             return sft_loss(outputs.logprobs_T, batch)
 
+        self.model.place_experts()
         totals = self._accumulate(chunks, loss, need_entropy=False)
         report = self.optimizer.step(step)
         return update_report(self.process, [totals], [report.grad_norm], report.lr, self.model)

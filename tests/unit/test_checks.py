@@ -58,6 +58,7 @@ def test_sound_runs_pass():
         ("rollout.gpu_memory", 1.5, "(0, 1]"),
         ("rollout.speculative_tokens", -1, "0 or more"),
         ("rollout.speculative_tokens", 20, "1 to 8"),
+        ("parallel.expert_replicas", -1, "0 or more"),
         ("rollout.engines", 129, "more engines than the 128 questions"),
         ("rollout.max_tokens", ((0, 9000),), "set it to 10024 or more"),
         ("rollout.max_tokens", ((0, 10), (4, 9000)), "set it to 10024 or more"),
@@ -101,6 +102,12 @@ def test_a_warm_up_as_long_as_the_run_leaves_no_cosine():
     config = changed("optimizer.warmup_steps", 8)
     check(config)
     assert "leaves nothing of num_steps=8" in complaint(changed("optimizer.schedule", "cosine", config))
+
+
+def test_a_drafting_layer_has_no_replicas_in_vllm():
+    config = changed("rollout.speculative_tokens", 1, changed("parallel.expert_replicas", 2))
+    check(config)
+    assert "vLLM loads no replicas" in complaint(changed("rollout.tensor_parallel", 2, config))
 
 
 def test_sft_has_its_own_checks():

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,3 +409,18 @@ def test_an_engine_on_fp8_may_evaluate_and_may_not_be_synced(published, tmp_path
     )
     with pytest.raises(ConfigError, match="is quantised"):
         asyncio.run(engine.init_sync("127.0.0.1", 1, 1, 2))
+
+
+def test_a_tensor_that_lies_in_two_files_is_read_where_the_index_says(published, tmp_path):
+    converted(published, tmp_path / "wanted", "float32")
+    twice = tmp_path / "twice"
+    shutil.copytree(published, twice)
+    index = json.loads((twice / "model.safetensors.index.json").read_text())
+    name, file = next(iter(index["weight_map"].items()))
+    other = next(other for other in sorted(set(index["weight_map"].values())) if other != file)
+    tensors = load_file(twice / other)
+    save_file({**tensors, name: load_file(twice / file)[name] * 0}, twice / other, metadata={"format": "pt"})
+    converted(twice, tmp_path / "found", "float32")
+    wanted, found = all_tensors(tmp_path / "wanted"), all_tensors(tmp_path / "found")
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)

@@ -36,11 +36,11 @@ def test_a_tensor_group_counts_once_but_its_memory_fully() -> None:
     assert (metrics["tokens"], metrics["loss"], metrics["peak_memory_gib"]) == (10, 0.5, 3.0)
 
 
-def test_the_busiest_rank_is_the_mean_over_the_pipelines_ranks_that_have_experts() -> None:
+def test_the_busiest_rank_is_the_mean_over_the_layers_of_all_the_pipelines_ranks() -> None:
     balances = [
-        {"with_replicas": 1.0, "without_replicas": 2.0},
+        {"with_replicas": (2.0, 2), "without_replicas": (4.0, 2)},
         {},
-        {"with_replicas": 1.5, "without_replicas": 4.0},
+        {"with_replicas": (1.75, 1), "without_replicas": (5.0, 1)},
     ]
     metrics = combine_reports([report(tokens=10, loss=1.0) | {"expert_balance": row} for row in balances])
     assert metrics["busiest_expert_rank/with_replicas"] == 1.25
