@@ -49,7 +49,6 @@ SAMPLED = (
     ("EP2 distopt", "one"),
     ("DP2", "PP2 V"),
     ("PP2 V", "DP2 distopt"),
-    ("tied PP2 1f1b", "tied TP2"),
     ("tied TP2", "tied PP2 V"),
 )
 HALF = (("one", "EP2 distopt"), ("EP2 distopt", "PP2 V"), ("DP2 distopt", "one"))
