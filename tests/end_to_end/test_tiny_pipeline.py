@@ -27,7 +27,7 @@ STAGE_SECONDS = 3000.0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scratch = tmp_path_factory.mktemp("tiny_pipeline")
     directory = scratch / "run"
-    arguments = ("pipeline", "configs/tiny", f"dir={directory}", "seed=3")
+    arguments = ("pipeline", "configs/tiny", f"dir={directory}")
     for stage in KILLED_IN:
         with started(*arguments, scratch=scratch) as run:
             run.wait_for(lambda stage=stage: _has_begun(directory, stage), STAGE_SECONDS)
@@ -75,12 +75,12 @@ def test_each_stage_does_its_job(measured: dict[str, dict[str, dict[str, float]]
     assert value("zero", "language") < 0.8, "and mixes languages"
     assert value("dev1", "format") > value("base", "format"), "the cold start lifts the format"
     assert value("dev1", "readable") > value("base", "readable") + 0.1, "and the readability"
-    assert value("dev1", "language") > value("zero", "language"), "with less mixing than R1-Zero"
-    assert value("dev2", "pass@1") > value("dev1", "pass@1") - 0.01, "RL lifts the accuracy, or it was whole"
+    assert value("dev1", "language") > value("zero", "language") + 0.1, "with less mixing than R1-Zero"
+    assert value("dev2", "pass@1") > value("dev1", "pass@1"), "RL lifts the accuracy"
     assert value("dev2", "language") > value("dev2_mixed", "language") + 0.1, "the reward keeps one language"
     broader = value("dev3", "pass@1", "small_talk") - value("dev2", "pass@1", "small_talk")
     assert broader > 0.3, "Dev-3 broadens"
-    assert value("r1", "pass@1") > value("dev3", "pass@1") - 0.03, "R1 keeps the accuracy"
+    assert value("r1", "pass@1") > value("dev3", "pass@1") - 0.02, "R1 keeps the accuracy"
     assert value("distilled", "pass@1") > value("student_zero", "pass@1"), "distilled beats RL alone"
 
 
