@@ -298,10 +298,15 @@ def _in_directory(stage: Callable[..., None], config: Any, path: Path) -> int:
         except Exception as error:
             if isinstance(error, ConfigError) or (not directory.begun and isinstance(error, USERS_MISTAKES)):
                 raise
-            details = _write_traceback(path / "error.log")
-            print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
+            _say_fault(error, path / "error.log")
             return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _say_fault(error: BaseException, file: Path) -> None:
+    """One line; the traceback goes to the file."""
+    details = _write_traceback(file)
+    print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
 
 
 def _write_traceback(file: Path) -> str:
@@ -381,8 +386,7 @@ def _eval(options: argparse.Namespace) -> int:
     except USERS_MISTAKES:
         raise
     except Exception as error:
-        details = _write_traceback(config.folder / "error.log")
-        print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
+        _say_fault(error, config.folder / "error.log")
         return 1
     return 0
 
@@ -399,8 +403,7 @@ def _convert(options: argparse.Namespace) -> int:
     except (*USERS_MISTAKES, OSError):
         raise
     except Exception as error:
-        details = _write_traceback(Path(f"{options.target}-error.log"))
-        print(f"r1mega: {type(error).__name__}: {_one_line(error)} ({details})", file=sys.stderr)
+        _say_fault(error, Path(f"{options.target}-error.log"))
         return 1
     return 0
 

@@ -231,4 +231,4 @@ def _check_space(folder: Path, target: Path, needed: int) -> None:
 
 def _speed(nbytes: int, began: float) -> str:
     seconds = max(time.monotonic() - began, 1e-9)
-    return f"{nbytes / 1e9:.2f} GB written in {seconds:.1f} s, {nbytes / seconds / 1e9:.2f} GB/s"
+    return f"{nbytes / 1e9:.3g} GB written in {seconds:.1f} s, {nbytes / seconds / 1e9:.3g} GB/s"
