@@ -71,3 +71,24 @@ def test_training_with_the_operator_follows_the_curve_of_plain_torch(normalise):
         torch.testing.assert_close(
             own_gradients[name], gradient, rtol=1e-3, atol=1e-5 * (1 + float(gradient.abs().max()))
         )
+
+
+def test_with_replicas_the_gate_moves_weights_and_choices_to_slots_and_loses_nothing():
+    from r1mega.models.experts import GroupLimitedRouter
+    from r1mega.models.language_model import build_model
+    from r1mega_kernels.eplb import rebalance_experts
+    from r1mega_kernels.grouped_topk import Replicas
+
+    model = build_model(DEEPSEEK_V3, ModelConfig(dtype="float32", init="random"), ParallelConfig(), seed=5)
+    router = next(module for module in model.modules() if isinstance(module, GroupLimitedRouter))
+    logits_T1E = torch.randn(97, 1, 8)
+    weight_TE, chosen_TE = router.routing(logits_T1E)
+    expert_of_slot_LP, slots_LEX, replicas_LE = rebalance_experts(torch.rand(1, 8) ** 2, 12, 1, 1, 4)
+    router.replicas, router.num_slots = Replicas(slots_LEX[0], replicas_LE[0]), 12
+    weight_TP, chosen_TP = router.routing(logits_T1E)
+    back = expert_of_slot_LP[0].expand(97, -1)
+    assert torch.equal(torch.zeros(97, 8).scatter_add(1, back, weight_TP), weight_TE)
+    assert torch.equal(torch.zeros(97, 8).scatter_add(1, back, chosen_TP.float()), chosen_TE.float())
+    for expert in range(8):
+        for token in chosen_TE[:, expert].nonzero().flatten().tolist():
+            assert chosen_TP[token, slots_LEX[0, expert, token % replicas_LE[0, expert]]]
