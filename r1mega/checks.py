@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("checkpoint", "random"),
     "model.dtype": ("float32", "bfloat16"),
     "model.recompute": ("none", "selective", "full"),
+    "parallel.dispatcher": ("alltoall", "alltoall_fp8", "allgather"),
     "parallel.schedule": ("dualpipev", "searched", "zb-v", "1f1b", "zb1p", "interleaved"),
     "optimizer.schedule": ("constant", "cosine"),
     "rollout.dtype": ("float32", "bfloat16"),
@@ -43,7 +44,7 @@ POSITIVE = """
     rewards.jails rewards.code_seconds rewards.code_memory_mib
     judge.concurrency judge.timeout_seconds
     sft.batch_size sft.max_length checkpoint.keep
-    gates.logprob_mean gates.logprob_max gates.ratio
+    gates.ratio
 """
 
 NON_NEGATIVE = """
@@ -109,7 +110,7 @@ def _values(config: RunConfig) -> Iterator[str]:
             if value < 0 or value == floor:
                 yield f"{name}={value}: it must be {words}"
     betas = config.optimizer.betas
-    if len(betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas):
+    if not _are_two_numbers(betas) or not all(0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas}: AdamW has two, and they lie in [0, 1)"
     for name, share in (("top_p", config.rollout.top_p), ("gpu_memory", config.rollout.gpu_memory)):
         if not 0 < share <= 1:
@@ -119,14 +120,21 @@ def _values(config: RunConfig) -> Iterator[str]:
     if config.rollout.speculative_tokens > 8:
         yield f"rollout.speculative_tokens={config.rollout.speculative_tokens}: one MTP layer drafts 1 to 8 tokens"
     yield from _schedule("rollout.max_tokens", config.rollout.max_tokens)
-    if len(config.judge.price) != 2 or min(config.judge.price) < 0:
+    if not _are_two_numbers(config.judge.price) or min(config.judge.price) < 0:
         yield f"judge.price={config.judge.price}: two prices of a million tokens, prompt and completion, 0 or more"
+    bounds = config.gates.logprob
+    if not _are_two_numbers(bounds) or not min(bounds) > 0:
+        yield f"gates.logprob={bounds}: two bounds, of the mean and of the largest difference, more than 0"
     yield from _weights("rewards.weights", config.rewards.weights)
     for task, row in config.rewards.task_weights.items():
         if isinstance(row, dict):
             yield from _weights(f"rewards.task_weights[{task}]", row)
         else:
             yield f"rewards.task_weights[{task}]={row!r}: it must be a table of term -> weight"
+
+
+def _are_two_numbers(values: tuple[float, ...]) -> bool:
+    return len(values) == 2 and all(type(value) in (int, float) for value in values)
 
 
 def _weights(name: str, row: dict[str, float]) -> Iterator[str]:

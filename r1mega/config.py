@@ -92,6 +92,9 @@ class ParallelConfig:
     """Copies of the busiest experts in each expert-parallel process (models/hot_experts.py), placed anew for each rollout
     or step; in engines with tensor_parallel > 1 too, on GPUs. A run that resumes then goes on to rounding, not to the bit."""
     expert_tensor: int = 1
+    dispatcher: str = "alltoall"
+    """How tokens reach their experts: "alltoall", "alltoall_fp8" (the rows that go there in fp8, half the bytes; those that
+    come back, and gradients, in model.dtype) or "allgather" (every expert rank has all tokens)."""
     context: int = 1
     data: int = 1
     """Data-parallel replicas; world size = tensor * pipeline * context * data (expert divides it)."""
@@ -294,9 +297,9 @@ class EvalConfig:
 class GateConfig:
     """Bounds beyond which a run stops with the gate's name (design: gates are on by default)."""
 
-    logprob_mean: float = 0.02
-    """Mean |engine - trainer| log-prob per sampled token. fp32 on one machine shows 1e-6; bf16 about 3e-3."""
-    logprob_max: float = 2.0
+    logprob: tuple[float, ...] = (0.02, 2.0)
+    """|engine - trainer| log-prob of the sampled tokens: mean, largest. The mean is 1e-6 in fp32 on one machine, about 3e-3
+    in bf16."""
     ratio: float = 1e-3
     """|ratio - 1| of the first update after a rollout."""
 

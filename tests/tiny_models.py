@@ -14,6 +14,7 @@ import torch.distributed as dist
 from r1mega import platforms
 from r1mega.config import ParallelConfig
 from r1mega.samples import PackedBatch
+from r1mega_kernels.fp8_block import dequantize_reference, quantize_reference
 
 DEEPSEEK_V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -143,3 +144,34 @@ def scramble(module: torch.nn.Module, seed: int) -> None:
                 tensor.copy_(1 + 0.2 * noise)
             else:
                 tensor.copy_((0.1 if "bias" in name else 0.15) * noise)
+
+
+class _RoundedToFloat8(torch.autograd.Function):
+    """e4m3 with a scale for each 128 values of a row; the identity in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: torch.Tensor) -> torch.Tensor:
+        return dequantize_reference(*quantize_reference(tokens_TD, 1), 1, tokens_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: torch.Tensor) -> torch.Tensor:
+        return gradient_TD
+
+
+@contextlib.contextmanager
+def float8_by_rounding_first(dispatch: Any) -> Iterator[None]:
+    """Models built meanwhile round their tokens and then send them as "alltoall" does, where they would send fp8.
+
+    dispatch: the module models/dispatch.py.
+    """
+
+    class RoundedFirst(dispatch.AllToAll):
+        def rows_of(self, tokens_TD: torch.Tensor) -> torch.Tensor:
+            return super().rows_of(_RoundedToFloat8.apply(tokens_TD))
+
+    own = dispatch.DISPATCHERS["alltoall_fp8"]
+    dispatch.DISPATCHERS["alltoall_fp8"] = RoundedFirst
+    try:
+        yield
+    finally:
+        dispatch.DISPATCHERS["alltoall_fp8"] = own

@@ -42,6 +42,6 @@ config = RunConfig(
     optimizer=OptimizerConfig(lr=3e-4, min_lr=2e-5, schedule="cosine", warmup_steps=10),
     rewards=RewardConfig(workers=1),
     sync=SyncConfig(bucket_mib=16),
-    gates=GateConfig(logprob_mean=1e-4, logprob_max=0.5),
+    gates=GateConfig(logprob=(1e-4, 0.5)),
     checkpoint=CheckpointConfig(every=20, keep=2),
 )

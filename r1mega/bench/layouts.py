@@ -86,8 +86,6 @@ class Layout:
     parallel: ParallelConfig = ONE
     recompute: str = "none"
     dtype: str = "float32"
-    dispatcher: str = "alltoall"
-    """How tokens reach their experts: "alltoall" | "allgather"."""
     balance_loss: float = 0.1
     """Of the models with multi-token prediction."""
     replay: bool = False
@@ -142,7 +140,9 @@ def _table() -> dict[str, Layout]:
     layouts["TP2 without sequence_parallel, Llama"] = Layout("Llama", without)
     layouts["CP2, Llama"] = replace(layouts["CP2, V3"], model="Llama")
     for name in ("TP2 EP2", "EP2", "EP4", "EP4 replicas", "TP2 PP2 EP2", "CP2 EP2"):
-        layouts[f"{name} allgather, V3 MTP"] = replace(layouts[f"{name}, V3 MTP"], dispatcher="allgather")
+        layout = layouts[f"{name}, V3 MTP"]
+        parallel = replace(layout.parallel, dispatcher="allgather")
+        layouts[f"{name} allgather, V3 MTP"] = replace(layout, parallel=parallel)
     alone = {"1, V3 MTP": Layout("V3 MTP")}
     for recompute, names in RECOMPUTED.items():
         for name in names:
@@ -218,7 +218,7 @@ def train(layout: Layout, mesh: Mesh, overlap: bool | None = None) -> Outcome:
     )
 
     def build(part: Any) -> Any:
-        return build_model(hf_config, options, parallel, seed=SEED, part=part, dispatcher=layout.dispatcher)
+        return build_model(hf_config, options, parallel, seed=SEED, part=part)
 
     def compute(stage: Any, batch: PackedBatch, hidden: Any) -> Any:
         return stage(batch, hidden)

@@ -39,15 +39,15 @@ class DeepSeekV3Config(MLATransformerConfig):
     """Divide the chosen experts' weights by their sum (V3 eq. 13)."""
     balance_loss: float = 0.0
     """alpha of the sequence-wise balance loss (V3 eq. 17)."""
+    dispatcher: str = "alltoall"
+    """parallel.dispatcher (dispatch.py)."""
 
 
 def layers_with_experts(hf: dict[str, Any]) -> list[bool]:
     return [layer >= hf["first_k_dense_replace"] for layer in range(hf["num_hidden_layers"])]
 
 
-def transformer_config(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, dispatcher: str = "alltoall"
-) -> DeepSeekV3Config:
+def transformer_config(hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig) -> DeepSeekV3Config:
     """Megatron's config of this model. Raises ValueError for what config.json asks and nobody released."""
     require(hf, REQUIRED)
     refuse(
@@ -93,7 +93,8 @@ def transformer_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_router_topk_scaling_factor=hf["routed_scaling_factor"],
-        moe_token_dispatcher_type=dispatcher,
+        moe_token_dispatcher_type=parallel.dispatcher.removesuffix("_fp8"),
+        dispatcher=parallel.dispatcher,
         norm_topk_prob=hf.get("norm_topk_prob", True),
         balance_loss=model.balance_loss,
         mtp_num_layers=hf.get("num_nextn_predict_layers") or None,

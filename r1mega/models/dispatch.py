@@ -4,7 +4,10 @@ Megatron's own sort writes a token's outputs back by a scatter whose order a GPU
 here a token gathers its rows, in the order of its experts, and adds them in float32. In float32 on a CPU both give the
 same bits. Communication, and the exchange of whole chunks after an all-to-all, are Megatron's.
 
-Dims: T tokens (of this process), E experts, K experts of a token, N rows, D hidden.
+In fp8 the rows that go to the experts take a byte a value and a scale for each 128 (DeepSeek-V3, section 3.3.2, but
+scales are amax / 448, not rounded to powers of two). What comes back, and all gradients, keep the model's dtype.
+
+Dims: T tokens (of this process), E experts, K experts of a token, N rows, D hidden, Q = ceil(D / 128) scales of a row.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -20,7 +24,16 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
-from r1mega_kernels.moe_permute import indices_of, permute, permute_values, sort_by_expert, unpermute
+from r1mega_kernels.fp8_block import dequantize_rows
+from r1mega_kernels.moe_permute import (
+    Permutation,
+    indices_of,
+    permute,
+    permute_fp8,
+    permute_values,
+    sort_by_expert,
+    unpermute,
+)
 
 
 class AllToAll(MoEAlltoAllTokenDispatcher):
@@ -37,11 +50,72 @@ class AllToAll(MoEAlltoAllTokenDispatcher):
         indices_TK = indices_of(routing_map, self.config.moe_router_topk)
         self.permutation = sort_by_expert(indices_TK, self.num_experts)
         probs_TK = probs.gather(1, indices_TK.long())
-        return permute(tokens_TD, self.permutation), permute_values(probs_TK, self.permutation)
+        return self.rows_of(tokens_TD), permute_values(probs_TK, self.permutation)
+
+    def rows_of(self, tokens_TD: Tensor) -> Tensor:
+        return permute(tokens_TD, self.permutation)
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Each token's sum over its experts, in the shape that the hidden states had."""
         return unpermute(permutated_local_input_tokens, self.permutation).view(self.hidden_shape)
+
+
+class AllToAllFloat8(AllToAll):
+    """The same, of tokens rounded to fp8. Autograd knows no gradient of an fp8 tensor in another dtype, so the rows travel
+    beside it, and it follows a stand-in of their shape that takes no memory."""
+
+    def rows_of(self, tokens_TD: Tensor) -> Tensor:
+        stand_in_ND, self.rows_ND, self.scale_NQ = _Quantized.apply(tokens_TD, self.permutation)
+        return stand_in_ND
+
+    def token_dispatch(self, stand_in_ND: Tensor, probs_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the experts here, in the dtype that the tokens had, and their probs."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_ep_alltoall", self.tokens_per_expert
+        )
+        splits = self.output_splits, self.input_splits
+        rows_ND = _Dispatched.apply(stand_in_ND, self.rows_ND, self.scale_NQ, self.ep_group, *splits)
+        del self.rows_ND, self.scale_NQ
+        return rows_ND, all_to_all(self.ep_group, probs_N, *splits)
+
+
+class _Quantized(torch.autograd.Function):
+    """tokens_TD -> (the stand-in, rows_ND in fp8, scale_NQ). Rounding counts as the identity in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.permutation = permutation
+        rows_ND, scale_NQ = permute_fp8(tokens_TD, permutation)
+        ctx.mark_non_differentiable(rows_ND, scale_NQ)
+        return tokens_TD.new_zeros(()).expand(rows_ND.shape), rows_ND, scale_NQ
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return unpermute(gradient_ND.contiguous(), ctx.permutation), None
+
+
+class _Dispatched(torch.autograd.Function):
+    """Rows and scales to the experts' processes; gradients back, in the stand-in's dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stand_in_ND: Tensor,
+        rows_ND: Tensor,
+        scale_NQ: Tensor,
+        group: Any,
+        arriving: Any,
+        leaving: Any,
+    ) -> Tensor:
+        ctx.way_back = group, leaving, arriving
+        bytes_ND = all_to_all(group, rows_ND.view(torch.uint8), arriving, leaving)
+        scale_NQ = all_to_all(group, scale_NQ, arriving, leaving)
+        return dequantize_rows(bytes_ND.view(rows_ND.dtype), scale_NQ, stand_in_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor | None, ...]:
+        group, arriving, leaving = ctx.way_back
+        return all_to_all(group, gradient_ND, arriving, leaving), None, None, None, None, None
 
 
 class AllGather(MoEAllGatherTokenDispatcher):
@@ -66,8 +140,8 @@ class AllGather(MoEAllGatherTokenDispatcher):
         return unpermute(hidden_states, self.permutation)
 
 
-DISPATCHERS: dict[str, Any] = {"alltoall": AllToAll, "allgather": AllGather}
-"""By Megatron's `moe_token_dispatcher_type`."""
+DISPATCHERS: dict[str, Any] = {"alltoall": AllToAll, "alltoall_fp8": AllToAllFloat8, "allgather": AllGather}
+"""By `parallel.dispatcher`."""
 
 
 def replace_dispatchers(model: torch.nn.Module) -> None:
@@ -78,7 +152,7 @@ def replace_dispatchers(model: torch.nn.Module) -> None:
             groups = ProcessGroupCollection(
                 ep=given.ep_group, expt_tp=given.tp_group, tp_ep=given.tp_ep_group
             )
-            own = DISPATCHERS[layer.config.moe_token_dispatcher_type]
+            own = DISPATCHERS[layer.config.dispatcher]
             layer.token_dispatcher = own(
                 layer.num_local_experts, layer.local_expert_indices, layer.config, groups
             )

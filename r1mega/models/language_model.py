@@ -168,19 +168,15 @@ def build_model(
     *,
     seed: int,
     part: StagePart | None = None,
-    dispatcher: str = "alltoall",
 ) -> LanguageModel:
     """The model that a config.json describes, on the mesh that `init_mesh(parallel)` made; or a stage's part of it.
 
-    dispatcher: how tokens reach their experts, "alltoall" or "allgather" (the same numbers).
     model.init == "random" draws weights from `initializer_range` and `seed`, the same in every layout.
     "checkpoint" leaves NaN everywhere: `hf_weights.import_hf` or a checkpoint must follow.
 
     Raises ValueError for an unsupported architecture or option, or a layout that cannot divide the model.
     """
-    built = assemble(
-        LanguageModel, hf_config, model, parallel, vocabulary_head=True, part=part, dispatcher=dispatcher
-    )
+    built = assemble(LanguageModel, hf_config, model, parallel, vocabulary_head=True, part=part)
     built.mtp_loss_weight = model.mtp_loss_weight
     if built.mtp_process and not model.mtp_loss_weight:
         built.mtp.requires_grad_(False)  # weight decay must not move what no loss trains

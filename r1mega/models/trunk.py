@@ -187,13 +187,11 @@ def assemble(
     *,
     vocabulary_head: bool,
     part: StagePart | None = None,
-    dispatcher: str = "alltoall",
 ) -> AnyTrunk:
     """A `cls` of the architecture that a config.json describes, its weights not yet set: `initialise` must follow.
 
     Without `vocabulary_head` nothing is allocated for the language model's head. part: a pipeline stage's; None builds
-    the whole model. dispatcher: how tokens reach their experts, "alltoall" or "allgather" (the same numbers).
-    Raises ValueError for an unsupported architecture or option, or a layout that cannot divide the model.
+    the whole model. Raises ValueError for an unsupported architecture or option, or a layout that cannot divide the model.
     """
     check_model_type(hf_config)
     check_mesh(parallel, hf_config)
@@ -204,7 +202,7 @@ def assemble(
     own = _config_of(part, hf_config)
     at_least_one = own | {"num_hidden_layers": max(1, len(part.layers))}  # Megatron divides by it
     if hf_config["model_type"] == "deepseek_v3":
-        config: Any = deepseek_v3.transformer_config(at_least_one, model, parallel, dispatcher)
+        config: Any = deepseek_v3.transformer_config(at_least_one, model, parallel)
         decoder = deepseek_v3.decoder_spec(config, own)
         table = deepseek_v3.weights(hf_config)
     else:

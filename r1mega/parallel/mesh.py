@@ -95,6 +95,8 @@ def _nearest(parallel: ParallelConfig, hf_config: dict[str, Any] | None, field: 
     value = getattr(parallel, field)
     if isinstance(value, bool):
         return str(not value).lower()
+    if isinstance(value, str):
+        return str(getattr(ParallelConfig(), field))
     choices = sorted(
         range(field != "expert_replicas", min(2 * max(value, 1), LARGEST) + 1),
         key=lambda choice: (abs(choice - value), choice),
@@ -200,6 +202,11 @@ def _model_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[Pr
             yield field, f"parallel.{field}={ranks}: the model ({hf['model_type']}) has no experts"
         elif experts and hf[name] % ranks:
             yield field, f"parallel.{field}={ranks} does not divide {name}={hf[name]}"
+    if not experts and parallel.dispatcher != ParallelConfig().dispatcher:
+        yield (
+            "dispatcher",
+            f"parallel.dispatcher={parallel.dispatcher}: the model ({hf['model_type']}) has no experts",
+        )
     if experts and parallel.tensor > 1 and not parallel.sequence_parallel:
         yield (
             "sequence_parallel",

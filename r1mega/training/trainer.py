@@ -231,12 +231,12 @@ class Trainer:
         tokens = max(float(totals["tokens"]), 1.0)
         mean = float(totals["logprob_mismatch"]) / tokens
         worst = float(totals["logprob_mismatch_max"])
-        if not (mean <= gates.logprob_mean and worst <= gates.logprob_max):  # NaN fails too
+        of_mean, of_worst = gates.logprob
+        if not (mean <= of_mean and worst <= of_worst):  # NaN fails too
             raise GateFailed(
                 f"gate rollout-logprobs, step {step}: engine and trainer disagree by {mean:.2e} on average and "
-                f"{worst:.2e} at most (bounds gates.logprob_mean={gates.logprob_mean}, "
-                f"gates.logprob_max={gates.logprob_max}): the engine does not hold the trainer's weights or "
-                "computes them differently"
+                f"{worst:.2e} at most (bounds gates.logprob={of_mean},{of_worst}): the engine does not hold the "
+                "trainer's weights or computes them differently"
             )
         ratio = float(totals["ratio_deviation_max"])
         if not ratio <= gates.ratio:

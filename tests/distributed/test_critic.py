@@ -23,7 +23,7 @@ def ppo_config(model_dir: Path, **changes: Any) -> RunConfig:
     fields: dict[str, Any] = {
         "grpo": GRPOConfig(kl_coef=0.0),
         "ppo": PPOConfig(enabled=True, gae_lambda=0.95, lr=3e-3),
-        "gates": GateConfig(logprob_mean=100, logprob_max=100),
+        "gates": GateConfig(logprob=(100.0, 100.0)),
     }
     return config_of(model_dir, "rl", **(fields | changes))
 

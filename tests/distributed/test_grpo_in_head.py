@@ -79,7 +79,7 @@ def check(name: str, tmp_path: Path) -> None:
         "rl",
         parallel=parallel,
         grpo=GRPOConfig(kl_coef=0.05, clip_low=0.02, clip_high=0.02, importance_cap=2.0),
-        gates=GateConfig(logprob_mean=100.0, logprob_max=100.0),
+        gates=GateConfig(logprob=(100.0, 100.0)),
         optimizer=OptimizerConfig(lr=1e-3),
         model=ModelConfig(
             path=str(tmp_path / "model"),

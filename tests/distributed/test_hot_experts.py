@@ -48,7 +48,8 @@ def compare(rank: int, recompute: str, dispatcher: str) -> dict[str, Any]:
     from r1mega.models.language_model import build_model
 
     options = ModelConfig(dtype="float32", init="random", recompute=recompute, mtp_loss_weight=0.3)
-    model = build_model(MTP, options, PARALLEL, seed=5, dispatcher=dispatcher).train()
+    parallel = replace(PARALLEL, dispatcher=dispatcher)
+    model = build_model(MTP, options, parallel, seed=5).train()
     routers, layers, seen = routers_of([model]), expert_layers([model]), []
     for router in routers:
         router.expert_bias.copy_(torch.tensor([10.0, 0.2, *[0.0] * 6]))

@@ -93,6 +93,6 @@ def test_the_layouts_cover_every_axis(table: dict[str, Layout]) -> None:
     for field in fields(ParallelConfig):
         used = {getattr(layout.parallel, field.name) for layout in table.values()}
         assert field.name == "tokens_per_chunk" or len(used) > 1, field.name
-    assert {layout.dispatcher for layout in table.values()} == {"alltoall", "allgather"}
+    assert {layout.parallel.dispatcher for layout in table.values()} == {"alltoall", "allgather"}
     assert {layout.dtype for layout in table.values()} == {"float32", "bfloat16"}
     assert {layout.replay for layout in table.values()} == {True, False}

@@ -166,7 +166,7 @@ def gates(trainer, _out: Path) -> None:
 
     trainer.config = dataclasses.replace(
         trainer.config,
-        gates=dataclasses.replace(trainer.config.gates, ratio=-1.0, logprob_mean=10, logprob_max=50),
+        gates=dataclasses.replace(trainer.config.gates, ratio=-1.0, logprob=(10.0, 50.0)),
     )
     with pytest.raises(GateFailed, match="on-policy-ratio"):
         updated(trainer, [honest], 2)

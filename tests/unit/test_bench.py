@@ -108,7 +108,7 @@ def test_trainer_and_transformers_do_the_same_work(tmp_path):
     config = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, data=1),
-        gates=dataclasses.replace(config.gates, logprob_mean=1e3, logprob_max=1e3),
+        gates=dataclasses.replace(config.gates, logprob=(1e3, 1e3)),
     )
     samples = random_samples(40, np.random.default_rng())
     ours = step._trainer_rounds(

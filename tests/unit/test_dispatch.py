@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DEEPSEEK_V3, mesh_of, packed
+from tiny_models import DEEPSEEK_V3, float8_by_rounding_first, mesh_of, packed
 
 from r1mega.config import ModelConfig, ParallelConfig
 
@@ -17,14 +17,14 @@ def _process():
         yield
 
 
-def built(dispatcher: str, of_megatron: bool) -> torch.nn.Module:
+def built(dispatcher: str, of_megatron: bool = False, dtype: str = "float32") -> torch.nn.Module:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from r1mega.models.dispatch import DISPATCHERS
     from r1mega.models.language_model import build_model
 
-    options = ModelConfig(dtype="float32", init="random", balance_loss=0.1)
-    model = build_model(CONFIG, options, ParallelConfig(), seed=5, dispatcher=dispatcher).train()
+    options = ModelConfig(dtype=dtype, init="random", balance_loss=0.1)
+    model = build_model(CONFIG, options, ParallelConfig(dispatcher=dispatcher), seed=5).train()
     layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
     assert layers
     for layer in layers:
@@ -51,6 +51,19 @@ def test_float32_results_and_gradients_are_megatrons_bit_for_bit(dispatcher: str
     assert own.keys() == megatrons.keys()
     different = [name for name in own if not torch.equal(own[name], megatrons[name])]
     assert not different
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_dispatch_is_alltoall_of_rounded_tokens_bit_for_bit(dtype: str) -> None:
+    from r1mega.models import dispatch
+
+    own = results_and_gradients(built("alltoall_fp8", dtype=dtype))
+    with float8_by_rounding_first(dispatch):
+        expected = results_and_gradients(built("alltoall_fp8", dtype=dtype))
+    unrounded = results_and_gradients(built("alltoall", dtype=dtype))
+    assert own.keys() == expected.keys() == unrounded.keys()
+    assert not [name for name in own if not torch.equal(own[name], expected[name])]
+    assert not torch.equal(own["logprobs"], unrounded["logprobs"])
 
 
 @pytest.mark.parametrize("weighted", [False, True])

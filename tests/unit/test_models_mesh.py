@@ -104,6 +104,11 @@ def test_possible_layouts_pass(parallel, config):
             r"every tensor rank would route every token; .* is parallel\.sequence_parallel=true",
         ),
         (ParallelConfig(data=2, expert=2), QWEN2, r"parallel\.expert=2: the model \(qwen2\) has no experts"),
+        (
+            ParallelConfig(dispatcher="alltoall_fp8"),
+            QWEN2,
+            r"\(qwen2\) has no experts; .* choice is parallel\.dispatcher=alltoall$",
+        ),
     ],
 )
 def test_impossible_layouts_are_refused_by_name(parallel, config, match):

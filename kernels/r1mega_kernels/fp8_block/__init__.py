@@ -14,6 +14,9 @@ Dims: O rows and I columns of a matrix; P = ceil(O / 128), Q = ceil(I / 128) blo
 
 from __future__ import annotations
 
+import ctypes
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 FP8 = torch.float8_e4m3fn
+NUMPYS = {FP8: np.uint8, torch.bfloat16: np.uint16, torch.float32: np.float32}
 
 
 def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +101,7 @@ def _fp8_quantize(matrix_OI: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
         return values_OI, scale_PQ
     import r1mega_kernels._C as compiled
 
-    if not compiled.fp8_quantize(_array(matrix_OI), _array(values_OI), scale_PQ.numpy(), block_rows):
+    if not compiled.fp8_quantize(_array(matrix_OI), _array(values_OI), _array(scale_PQ), block_rows):
         count = int((~matrix_OI.isfinite()).sum())
         raise ValueError(
             f"{count} of {matrix_OI.numel()} values are NaN or infinite; fp8 has no place for them"
@@ -121,7 +125,7 @@ def _fp8_dequantize(values_OI: Tensor, scale_PQ: Tensor, block_rows: int, dtype:
         return out_OI
     import r1mega_kernels._C as compiled
 
-    compiled.fp8_dequantize(_array(values_OI), scale_PQ.numpy(), _array(out_OI), block_rows)
+    compiled.fp8_dequantize(_array(values_OI), _array(scale_PQ), _array(out_OI), block_rows)
     return out_OI
 
 
@@ -130,6 +134,10 @@ def _empty_dequantized(values_OI: Tensor, scale_PQ: Tensor, block_rows: int, dty
     return torch.empty_like(values_OI, dtype=dtype)
 
 
-def _array(tensor: Tensor):  # type: ignore[no-untyped-def]  # numpy's: fp8 as its bytes, bfloat16 as its 16 bits
-    carrier = {FP8: torch.uint8, torch.bfloat16: torch.uint16}.get(tensor.dtype, tensor.dtype)
-    return tensor.detach().view(carrier).numpy()
+def _array(tensor: Tensor) -> np.ndarray:
+    """The same memory, while the tensor lives: fp8 as its bytes, bfloat16 as its 16 bits.
+
+    Tensor.numpy() would bar the storage from being resized, which a pipeline does to free rows that were sent.
+    """
+    memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memoryview(memory), NUMPYS[tensor.dtype]).reshape(tensor.shape)

@@ -107,7 +107,7 @@ def quantize_into(weight_OI: Any, values_OI: Any, scale_PQ: Any, block_rows: int
     if weight_OI.device.type == "cpu":
         import r1mega_kernels._C as compiled
 
-        arrays = fp8_block._array(weight_OI), fp8_block._array(values_OI), scale_PQ.numpy()
+        arrays = fp8_block._array(weight_OI), fp8_block._array(values_OI), fp8_block._array(scale_PQ)
         compiled.fp8_quantize(*arrays, block_rows)
     else:
         from r1mega_kernels.fp8_block import kernel
@@ -120,7 +120,7 @@ def dequantize_into(values_OI: Any, scale_PQ: Any, out_OI: Any, block_rows: int)
         import r1mega_kernels._C as compiled
 
         compiled.fp8_dequantize(
-            fp8_block._array(values_OI), scale_PQ.numpy(), fp8_block._array(out_OI), block_rows
+            fp8_block._array(values_OI), fp8_block._array(scale_PQ), fp8_block._array(out_OI), block_rows
         )
     else:
         from r1mega_kernels.fp8_block import kernel
