@@ -43,7 +43,7 @@ POSITIVE = """
     rewards.workers rewards.cpu_seconds
     rewards.jails rewards.code_seconds rewards.code_memory_mib
     judge.concurrency judge.timeout_seconds
-    sft.batch_size sft.max_length checkpoint.keep
+    sft.batch_size sft.max_length checkpoint.keep eval.samples
     gates.ratio
 """
 
@@ -54,7 +54,7 @@ NON_NEGATIVE = """
     rollout.temperature rollout.kv_cache_gib rollout.speculative_tokens
     grpo.kl_coef grpo.reference_every grpo.importance_cap rewards.general_from
     sft.num_epochs judge.requests_per_minute
-    checkpoint.every eval.every eval.max_tokens
+    checkpoint.every eval.every
 """
 
 

@@ -289,8 +289,8 @@ class CheckpointConfig:
 class EvalConfig:
     every: int = 0
     """Steps between evaluations; before and after are always measured. 0: only those two."""
-    max_tokens: int = 0
-    """Response limit in evaluations; 0 takes the rollout's."""
+    samples: int = 1
+    """Sampled answers of each held-out problem; the greedy one comes on top."""
 
 
 @dataclass(frozen=True)

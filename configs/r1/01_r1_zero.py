@@ -76,5 +76,5 @@ config = RunConfig(
     ),
     rewards=RewardConfig(weights={"accuracy": 1.0, "format": 1.0}),
     checkpoint=CheckpointConfig(every=400, keep=2),
-    eval=EvalConfig(every=400),
+    eval=EvalConfig(every=400, samples=16),
 )

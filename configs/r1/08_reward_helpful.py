@@ -24,7 +24,7 @@ config = RunConfig(
         recompute="selective",
     ),
     data=DataConfig(
-        path="data/helpful_pairs.jsonl",  # V3 judges each pair four times; |difference| > 1; similar lengths
+        path="data/helpful_pairs.jsonl",  # 08_preference_pairs.py makes them
         template="r1_zero",
         eval_size=1024,  # [open] held out, to measure the accuracy that the paper does not report
     ),

@@ -65,7 +65,7 @@ def rollout_sampling(config: RunConfig, step: int) -> Sampling:
 
 def greedy_sampling(config: RunConfig, step: int) -> Sampling:
     """Evaluation's most likely output."""
-    return Sampling(0.0, 1.0, config.eval.max_tokens or value_at(config.rollout.max_tokens, step))
+    return Sampling(0.0, 1.0, value_at(config.rollout.max_tokens, step))
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:

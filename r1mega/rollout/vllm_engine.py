@@ -163,7 +163,7 @@ def check_numbers(model_path: str) -> None:
 def max_model_len(config: RunConfig, hf_config: dict[str, Any]) -> int:
     """Longest sequence of the run: prompt and response. Raises ConfigError beyond the model's positions."""
     responses = [tokens for _, tokens in config.rollout.max_tokens]
-    longest = config.data.max_prompt_tokens + max(*responses, config.eval.max_tokens)
+    longest = config.data.max_prompt_tokens + max(responses)
     limit = hf_config.get("max_position_embeddings", longest)
     if longest > limit:
         raise ConfigError(

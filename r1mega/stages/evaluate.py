@@ -7,10 +7,12 @@ because a toy answer is short enough for greedy decoding to be meaningful.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from r1mega.config import RunConfig, value_at
+from r1mega.config import RunConfig
 from r1mega.rewards.scoring import Scorer
 from r1mega.rollout.engine import RolloutGroup, Sampling, greedy_sampling, rollout_sampling
 from r1mega.samples import Prompt, ScoredRollout
@@ -24,11 +26,12 @@ EVAL_STEP = -1
 class Score:
     accuracy: float
     ci: float
-    """Half-width of the 95 % confidence interval (normal approximation)."""
+    """Half-width of the 95 % confidence interval: normal approximation, over problems (a problem's answers are alike)."""
     format: float
     response_length: float
     truncated: float
     n: int
+    """Problems."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,11 @@ class Evaluation:
 async def evaluate(
     engines: RolloutGroup, scorer: Scorer, prompts: Sequence[Prompt], config: RunConfig, step: int
 ) -> Evaluation:
-    """One sampled and one greedy answer for every prompt."""
-    limit = config.eval.max_tokens or value_at(config.rollout.max_tokens, step)
-    sampling = replace(rollout_sampling(config, step), n=1, max_tokens=limit)
+    """`eval.samples` sampled answers and a greedy one for every prompt."""
+    sampling = replace(rollout_sampling(config, step), n=config.eval.samples)
     sampled = await answers(engines, scorer, prompts, sampling)
     greedy = await answers(engines, scorer, prompts, greedy_sampling(config, step))
-    return Evaluation(score(sampled), score(greedy), sampled[:3])
+    return Evaluation(score(sampled), score(greedy), sampled[:: sampling.n][:3])
 
 
 async def answers(
@@ -66,12 +68,16 @@ def score(scored: Sequence[ScoredRollout]) -> Score:
     """Accuracy over the outputs whose task has a rule; 0 of a term that no output has."""
     n = max(1, len(scored))
     means = {"accuracy": 0.0, "format": 0.0} | term_means(scored)
-    accuracy, ruled = means["accuracy"], sum("accuracy" in item.reward.terms for item in scored)
+    of_problem: dict[str, list[float]] = defaultdict(list)
+    for item in scored:
+        if "accuracy" in item.reward.terms:
+            of_problem[item.rollout.prompt.id].append(item.reward.terms["accuracy"])
+    shares = [statistics.fmean(values) for values in of_problem.values()] or [0.0]
     return Score(
-        accuracy=accuracy,
-        ci=1.96 * math.sqrt(accuracy * (1 - accuracy) / max(1, ruled)),
+        accuracy=means["accuracy"],
+        ci=1.96 * statistics.pstdev(shares) / math.sqrt(len(shares)),
         format=means["format"],
         response_length=sum(len(item.rollout.response_ids) for item in scored) / n,
         truncated=sum(item.rollout.finish_reason == "length" for item in scored) / n,
-        n=len(scored),
+        n=len({item.rollout.prompt.id for item in scored}),
     )

@@ -1,11 +1,14 @@
 """The shipped recipes: R1-Zero resolves to the paper's numbers, and every config file passes the checks."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from r1mega.checks import check
 from r1mega.config import RunConfig, value_at
+from r1mega.data import preference_votes
 from r1mega.data.decontamination import NGRAM
 from r1mega.data.suites import SUITES
 from r1mega.overrides import bound, load
@@ -42,17 +45,57 @@ def test_the_stages_of_r1_have_the_values_of_the_paper():
         assert (sft.optimizer.lr, sft.optimizer.min_lr, sft.optimizer.schedule) == (5e-5, 5e-6, "cosine")
         assert sft.model.path == recipe["zero"].model.path, "it restarts from the base"
     dev2, r1 = recipe["dev2"], recipe["r1"]
-    assert (dev2.grpo.clip_high, dev2.optimizer.lr, dev2.rollout.temperature) == (10.0, 3e-6, 1.0)
+    assert (dev2.grpo.clip_low, dev2.grpo.clip_high) == (10.0, 10.0)
+    assert (dev2.optimizer.lr, dev2.rollout.temperature) == (3e-6, 1.0)
+    for rl in (dev2, r1):
+        assert rl.grpo == replace(
+            recipe["zero"].grpo, clip_low=10.0, clip_high=10.0, mini_batches=rl.grpo.mini_batches
+        )
+        assert (rl.optimizer, rl.eval.samples) == (recipe["zero"].optimizer, 16)
     assert value_at(dev2.rollout.max_tokens, 0) == value_at(dev2.rollout.max_tokens, 10**6) == 32_768
     assert dev2.rewards.weights == {"accuracy": 1.0, "reasoning_format": 1.0, "language": 1.0}
     assert (r1.num_steps, r1.num_steps - r1.rewards.general_from, r1.rollout.temperature) == (1_700, 400, 0.7)
     assert r1.rewards.task_weights == {
         task: {task: 1.0, "reasoning_format": 1.0, "language": 1.0} for task in ("helpful", "safety")
     }
-    cold, evaluation = recipe["cold_start"], recipe["evaluation"]
+    cold, evaluation = recipe["cold_start"], recipe["eval_r1"]
     assert (cold.rollout.temperature, cold.review, cold.rewriting) == (1.0, "files", "endpoint")
     assert (evaluation.temperature, evaluation.top_p, evaluation.max_tokens) == (0.6, 0.95, 32_768)
     assert [SUITES[name].k for name in ("aime2024", "gpqa", "math500", "livecodebench")] == [64, 64, 16, 8]
+
+
+def test_r1s_graph_measures_every_stage_and_distils_all_students_from_the_800k_samples():
+    pipeline = graph.load(CONFIGS / "r1")
+    students = {path.stem for path in (CONFIGS / "distill").glob("*.py")} - {"rl_after_distillation"}
+    trained = {"zero", "dev1", "dev2", "dev3", "r1"} | students
+    measured = {stage.inputs["model"] for stage in pipeline.stages if "model" in stage.inputs}
+    assert measured == {f"{name}/hf" for name in trained}
+    for name in students:
+        assert pipeline[name].config == load(CONFIGS / "distill" / f"{name}.py")
+        source = {} if name == "qwen2_5_32b_zero" else {"data.path": "rejection/data.jsonl"}
+        assert pipeline[name].inputs == source
+
+
+def test_the_preference_pairs_of_r1_are_judged_as_the_paper_says():
+    pipeline = graph.load(CONFIGS / "r1")
+    assert pipeline["helpful"].inputs["data.path"] == "pairs/pairs.jsonl"
+    assert pipeline["pairs"].config.judge.model == "deepseek-v3"
+    assert (preference_votes.VOTES, preference_votes.THRESHOLD) == (4, 1.0)
+
+
+def test_the_papers_numbers_in_reports_are_those_of_the_facts():
+    paper = json.loads((CONFIGS.parent / "r1mega" / "report_page" / "paper.json").read_text())
+    data = paper["data"]
+    assert data["Total"] == [804_745, 1.0, 5355.3]
+    assert sum(samples for name, (samples, *_) in data.items() if name != "Total") == 804_745
+    tokens = sum(samples * mean for name, (samples, _, mean) in data.items() if name != "Total")
+    assert tokens / 804_745 == pytest.approx(5355.3, abs=0.2)
+    stages = dict(zip(paper["stages"], zip(*paper["benchmarks"].values(), strict=True), strict=True))
+    assert stages["R1-Zero"] == (77.9, 95.9, 75.8, 50.0, 1444, 46.6, 24.7, 53.6, 88.8)
+    assert stages["R1"] == (79.8, 97.3, 71.5, 65.9, 2029, 83.3, 87.6, 92.3, 90.8)
+    curve = paper["curves"]["accuracy"]
+    assert curve["marks"] == [8200]
+    assert dict(zip(curve["metrics"]["step"], curve["metrics"]["value"], strict=True))[8400] == 0.71
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from r1mega.rewards.reflection import has_aha
 from r1mega.samples import Prompt, Reward, Rollout, ScoredRollout
+from r1mega.stages.evaluate import score
 from r1mega.stages.summary import combine_reports, rollout_metrics
 
 
@@ -79,6 +81,23 @@ def test_rollouts_are_averaged_and_verdicts_counted() -> None:
     assert (metrics["words/wait"], metrics["words/check"], metrics["reflective_words"]) == (0.75, 0.25, 1.0)
     assert metrics["aha"] == 0.25
     assert "language_mixing" not in metrics, "the question is a formula: no language is foreign to it"
+
+
+def test_the_interval_of_an_accuracy_counts_problems_and_not_their_samples() -> None:
+    def of(problem: str, *accuracies: float) -> list[ScoredRollout]:
+        one = scored("2", 1.0, "equal")
+        rollout = replace(one.rollout, prompt=replace(one.rollout.prompt, id=problem))
+        return [
+            ScoredRollout(rollout, Reward(value, {"accuracy": value}, {"accuracy": ""}))
+            for value in accuracies
+        ]
+
+    single = score([*of("a", 1.0), *of("b", 0.0), *of("c", 1.0), *of("d", 1.0)])
+    assert (single.accuracy, single.n) == (0.75, 4)
+    assert single.ci == pytest.approx(1.96 * (0.75 * 0.25 / 4) ** 0.5)
+    alike = score([*of("a", 1.0, 1.0), *of("b", 0.0, 0.0), *of("c", 1.0, 1.0), *of("d", 1.0, 1.0)])
+    assert alike == replace(single, format=alike.format)
+    assert score([*of("a", 1.0, 0.0), *of("b", 0.0, 1.0)]).ci == 0.0
 
 
 def answered(chain: str, **terms: float) -> ScoredRollout:
