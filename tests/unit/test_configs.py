@@ -49,6 +49,8 @@ def test_the_stages_of_r1_have_the_values_of_the_paper():
     assert r1.rewards.task_weights == {
         task: {task: 1.0, "reasoning_format": 1.0, "language": 1.0} for task in ("helpful", "safety")
     }
+    looks = (r1.num_steps - r1.rewards.general_from) // r1.eval.every
+    assert looks == 10, "the watch against reward hacking looks often enough to see a fall"
     cold, evaluation = recipe["cold_start"], recipe["evaluation"]
     assert (cold.rollout.temperature, cold.review, cold.rewriting) == (1.0, "files", "endpoint")
     assert (evaluation.temperature, evaluation.top_p, evaluation.max_tokens) == (0.6, 0.95, 32_768)
