@@ -49,8 +49,6 @@ def test_the_stages_of_r1_have_the_values_of_the_paper():
     assert r1.rewards.task_weights == {
         task: {task: 1.0, "reasoning_format": 1.0, "language": 1.0} for task in ("helpful", "safety")
     }
-    looks = (r1.num_steps - r1.rewards.general_from) // r1.eval.every
-    assert looks == 10, "the watch against reward hacking looks often enough to see a fall"
     cold, evaluation = recipe["cold_start"], recipe["evaluation"]
     assert (cold.rollout.temperature, cold.review, cold.rewriting) == (1.0, "files", "endpoint")
     assert (evaluation.temperature, evaluation.top_p, evaluation.max_tokens) == (0.6, 0.95, 32_768)
@@ -125,6 +123,11 @@ def test_the_reward_models_serve_the_last_stage_and_read_what_the_paper_says():
         ("pairwise", "summary"),
         ("pointwise", "response"),
     ]
+
+
+def test_r1_is_watched_for_reward_hacking_often_in_its_preference_phase():
+    r1 = load(CONFIGS / "r1" / "07_all_scenario_rl.py")
+    assert (r1.num_steps - r1.rewards.general_from) // r1.eval.every >= 10
 
 
 def test_r1_zero_has_the_values_of_the_paper():
