@@ -160,35 +160,40 @@ def _plain(value: float | None) -> str:
 
 
 def _abreast(evaluated: Sequence[Evaluated]) -> str:
-    """The paper's view (R1, table 3): a column for each stage."""
+    """The paper's view (R1, table 3): a column for each stage, a row for each measure of each suite."""
     shown = [one for one in evaluated if one.suites]
     suites = dict.fromkeys(name for one in shown for name in one.suites)
-    rows = [
-        [f"{name}, pass@1", *(_share(number(one.suites.get(name, {}), "pass@1")) for one in shown)]
-        for name in suites
-    ]
-
-    def means(label: str, show: Any, values: Callable[[Evaluated], Iterable[float | None]]) -> None:
-        found = [[value for value in values(one) if value is not None] for one in shown]
-        rows.append([label, *(show(sum(each) / len(each) if each else None) for each in found)])
-
-    means("format", _share, lambda one: [read.format for read in one.read.values()])
-    means(
-        "language consistency",
-        _share,
-        lambda one: [number(m, "language_consistency") for m in one.suites.values()],
-    )
-    means("readable", _share, lambda one: [read.readable for read in one.read.values()])
-    means("tokens a response", _plain, lambda one: [number(m, "tokens") for m in one.suites.values()])
-    means("cut", _share, lambda one: [number(m, "truncated") for m in one.suites.values()])
-    note = (
-        "As in the paper's table of stages, which stands below. All rows but pass@1: means over the suites."
-    )
+    rows = []
+    for label, show, measured in ABREAST:
+        for suite in suites:
+            values = [measured(one, suite) for one in shown]
+            if any(value is not None for value in values):
+                rows.append([f"{suite}, {label}", *map(show, values)])
+    note = "As in the paper's table of stages, which stands below."
     return (
         _card("Stage by stage", table(("", *(one.stage for one in shown)), rows), note)
         if len(shown) > 1
         else ""
     )
+
+
+def _counted(name: str) -> Callable[[Evaluated, str], float | None]:
+    return lambda one, suite: number(one.suites.get(suite, {}), name)
+
+
+def _read(name: str) -> Callable[[Evaluated, str], float | None]:
+    return lambda one, suite: getattr(one.read[suite], name) if suite in one.read else None
+
+
+ABREAST: tuple[tuple[str, Callable[[float | None], str], Callable[[Evaluated, str], float | None]], ...] = (
+    ("pass@1", _share, _counted("pass@1")),
+    ("format", _share, _read("format")),
+    ("language consistency", _share, _counted("language_consistency")),
+    ("readable", _share, _read("readable")),
+    ("tokens a response", _plain, _counted("tokens")),
+    ("cut", _share, _counted("truncated")),
+)
+"""Measure -> how it is written, and its value of a stage on a suite."""
 
 
 SUITE_HEAD = (

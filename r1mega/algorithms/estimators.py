@@ -12,11 +12,12 @@ means is all that enters (a "clustered" standard error).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-Answer = TypeVar("Answer")
+Answer = TypeVar("Answer", bound=Hashable)
 
 Z95 = 1.959963984540054
 ELO_SCALE = 400.0 / math.log(10.0)
@@ -40,35 +41,36 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def equivalence_classes(
     answers: Sequence[Answer | None], same: Callable[[Answer, Answer], bool]
 ) -> list[int | None]:
-    """The class of each answer, numbered by first appearance; None for no answer, which votes for nothing.
+    """The class of each answer; None for no answer, which votes for nothing.
 
-    An answer joins the first class whose first member it equals, so `same` is asked at most once per answer and class.
+    From the most frequent answer on (of equally many, in the order of their texts), each joins the first class whose
+    founder it equals. So the classes do not depend on the order of the samples, even where `same` is no equivalence
+    (0.333 is 1/3 and 0.3333 is 1/3), and `same` is asked at most once per distinct answer and class.
     """
+    counts = Counter(answer for answer in answers if answer is not None)
     founders: list[Answer] = []
-    classes: list[int | None] = []
-    for answer in answers:
-        if answer is None:
-            classes.append(None)
-            continue
+    classes: dict[Answer, int] = {}
+    for answer in sorted(counts, key=lambda answer: (-counts[answer], str(answer))):
         found = next((i for i, founder in enumerate(founders) if same(founder, answer)), len(founders))
         if found == len(founders):
             founders.append(answer)
-        classes.append(found)
-    return classes
+        classes[answer] = found
+    return [None if answer is None else classes[answer] for answer in answers]
 
 
 def cons_at_k(classes: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
     """Whether the most frequent class is right, in [0, 1]: a tie is worth the share of the tied classes that are right.
 
-    classes: that of each sample's answer, None for no answer. A class is right if its first member is. Without any
-    answer 0.
+    classes: that of each sample's answer, None for no answer; a sample that was cut has none. Without any answer 0.
+    A class is right if any member is: a verdict is wrong for reasons besides the answer (a form that the rule asks for,
+    a comparison that timed out), and right only for the answer. Counts and "any" know no order of the samples.
     """
     votes: dict[Hashable, int] = {}
     right: dict[Hashable, bool] = {}
     for label, is_correct in zip(classes, correct, strict=True):
         if label is not None:
             votes[label] = votes.get(label, 0) + 1
-            right.setdefault(label, is_correct)
+            right[label] = right.get(label, False) or is_correct
     if not votes:
         return 0.0
     most = max(votes.values())
@@ -142,17 +144,19 @@ def elo(results: Sequence[tuple[float, bool]]) -> Rating:
     return Rating(rating, _error(rating, [opponent for opponent, _ in results]), bounded=rating in ELO_BOUNDS)
 
 
-def contest_rating(rank: int, opponents: Sequence[float]) -> Rating:
-    """The rating whose expected place among the opponents is `rank` (1 is best), as Codeforces seeds its contests:
-    place = 1 + sum_j P(j beats r). CodeElo (Quan et al. 2025) rates models so, contest by contest."""
+def contest_results(rank: int, opponents: Sequence[float]) -> list[tuple[float, bool]]:
+    """A place among opponents (1 is best) as a result against each, for `elo`: rank - 1 were ahead. Which ones, the
+    likelihood does not ask.
+
+    The rating found is the one whose expected place, 1 + sum_j P(j beats r), is the actual one, as Codeforces seeds its
+    contests and CodeElo (Quan et al. 2025) rates models contest by contest. Results of several contests go into one `elo`
+    together: a first or a last place, which alone has no finite rating, then counts with the others.
+    """
     if not opponents or not 1 <= rank <= len(opponents) + 1:
         raise ValueError(
             f"rank {rank} among {len(opponents)} opponents: it must lie in 1..{len(opponents) + 1}"
         )
-    if rank in (1, len(opponents) + 1):
-        return Rating(ELO_BOUNDS[rank == 1], math.inf, bounded=True)
-    rating = _root(lambda r: rank - 1 - sum(win_probability(opponent, r) for opponent in opponents))
-    return Rating(rating, _error(rating, opponents), bounded=rating in ELO_BOUNDS)
+    return [(opponent, ahead >= rank - 1) for ahead, opponent in enumerate(opponents)]
 
 
 def _error(rating: float, opponents: Sequence[float]) -> float:

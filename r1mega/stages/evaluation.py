@@ -15,6 +15,7 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
+from r1mega.algorithms.estimators import ELO_BOUNDS
 from r1mega.data.prompts import read_rows
 from r1mega.stages.console import Console
 from r1mega.stages.evaluation_config import EvaluationConfig
@@ -26,6 +27,7 @@ from r1mega.stages.evaluation_metrics import (
     decoding_check,
     suite_metrics,
     table_line,
+    vote,
 )
 from r1mega.stages.evaluation_plan import GREEDY, Job, Plan, plan_of
 from r1mega.stages.evaluation_sources import EngineSource
@@ -104,7 +106,7 @@ async def _count(plan: Plan, folder: EvaluationFolder) -> dict[str, Any]:
             kept[job.name] = [row for each in samples for row in each]
             classes = None
             if any(len(each) > 1 for each in samples) and all(q.task in VOTED for q in job.questions):
-                answers = [[row["answer"] for row in each] for each in samples]
+                answers = [[vote(row) for row in each] for each in samples]
                 classes = await grader.classes(job.questions, answers)
             if not job.name.endswith(GREEDY):
                 results[job.name] = suite_metrics(samples, classes) | {"settings": job.settings}
@@ -131,8 +133,14 @@ def _show(results: dict[str, Any], console: Console) -> None:
             )
     if "codeforces" in results:
         found = results["codeforces"]
-        for key, words in (("rating", "rating from problems"), ("rank_rating", "rating from ranks")):
-            if found.get(key) is not None:
-                error = f" ± {1.96 * found['error']:.0f}" if key == "rating" and found["error"] else ""
-                bound = " (a bound: all solved, or none)" if key == "rating" and found["bounded"] else ""
-                console.line(f"codeforces: {words} {found[key]:.0f}{error}{bound}")
+        for of, words in (("", "rating from problems"), ("rank_", "rating from ranks")):
+            rating, error = found.get(f"{of}rating"), found.get(f"{of}error")
+            if rating is not None:
+                more = f" ± {1.96 * error:.0f}" if error else ""
+                if found[f"{of}bounded"]:
+                    more = (
+                        " or more (a bound: all won)"
+                        if rating == ELO_BOUNDS[1]
+                        else " or less (a bound: all lost)"
+                    )
+                console.line(f"codeforces: {words} {rating:.0f}{more}")

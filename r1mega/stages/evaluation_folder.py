@@ -32,7 +32,8 @@ class EvaluationFolder:
         self._lock.close()
 
     def begin(self, plan: Plan) -> None:
-        """Record what the samples depend on. ConfigError where the folder's samples were made with something else."""
+        """Record what the samples depend on. ConfigError where the folder's samples were made or graded with something
+        else, or with something that the folder does not tell (it was begun before that was recorded)."""
         file = self.path / "evaluation.json"
         stored = json.loads(file.read_text()) if file.exists() else {}
         for job in plan.jobs:
@@ -40,8 +41,9 @@ class EvaluationFolder:
             if old is not None and old != job.settings and self.rows(job):
                 names = [name for name in job.settings if old.get(name) != job.settings[name]] or sorted(old)
                 raise ConfigError(
-                    f"{self.path} holds samples of {job.name} with {names[0]}={old.get(names[0])}, now "
-                    f"{job.settings.get(names[0])}: choose another folder with --dir, or remove this one"
+                    f"{self.path} holds samples of {job.name} with {names[0]}="
+                    f"{old.get(names[0], '(not recorded)')}, now {job.settings.get(names[0])}: "
+                    "choose another folder with --dir, or remove this one"
                 )
         write_json(file, stored | {job.name: job.settings for job in plan.jobs})
         record = lineage(RunConfig(model=ModelConfig(path=plan.config.model)))

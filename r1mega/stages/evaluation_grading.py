@@ -40,7 +40,9 @@ CLOCK_SHARE = 3.0
 """Wall-clock limit of a program over its CPU limit."""
 VOTED = ("math", "choice", "logic")
 """Tasks whose answers can be compared with one another: those of cons@k."""
-READ = (*VOTED, "judged", "compared")
+JUDGED = ("judged", "compared")
+"""Tasks that a model behind `judge.url` grades."""
+READ = (*VOTED, *JUDGED)
 """Tasks whose responses are prose in the question's language."""
 TERMS = dict.fromkeys(VOTED, "accuracy") | {"code": "program"}
 """Task -> its term; others have a term of their own name."""
@@ -69,10 +71,7 @@ class Grader:
 
     def __init__(self, rewards: RewardConfig, judge: JudgeConfig, seed: int):
         self.rewards, self.seed = rewards, seed
-        weights = {
-            task: {TERMS.get(task, task): 1.0}
-            for task in (*VOTED, "code", "instructions", "judged", "compared")
-        }
+        weights = {task: {TERMS.get(task, task): 1.0} for task in (*VOTED, "code", "instructions", *JUDGED)}
         terms = {
             "program": self._program,
             "instructions": self._instructions,
@@ -96,7 +95,7 @@ class Grader:
         """Start what these tasks need. ConfigError where the machine or the settings cannot serve them."""
         if "code" in tasks:
             self._code_tests(0.0)
-        if tasks & {"judged", "compared"}:
+        if tasks & set(JUDGED):
             if not self.scorer.services.judge_config.url:
                 raise ConfigError("a suite's answers need a judge: set judge.url= and judge.model=")
             _ = self.scorer.services.judge
@@ -266,7 +265,7 @@ def followed_instructions(response: str, answer: str) -> dict[str, list[bool]]:
 
 
 def extracted(question: Question, text: str) -> str | None:
-    """The answer that votes in cons@k; None for none."""
+    """What a response answers, for cons@k; None for nothing."""
     if question.task == "math":
         return extract_answer(text)
     return final_text(text) if question.task in VOTED else None

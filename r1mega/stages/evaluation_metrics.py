@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1mega.algorithms.estimators import cons_at_k, contest_rating, elo, interval, pass_at_k
+from r1mega.algorithms.estimators import cons_at_k, contest_results, elo, interval, pass_at_k
 from r1mega.config import ConfigError
 from r1mega.data.prompts import Row
 
@@ -65,6 +65,12 @@ def suite_metrics(samples: Sequence[Rows], classes: Sequence[Sequence[Any]] | No
     return metrics
 
 
+def vote(row: Mapping[str, Any]) -> str | None:
+    """The answer with which a sample votes in cons@k. One that was cut has none, as in pass@1: what was extracted from it
+    stood on its way to an answer."""
+    return None if row["finish_reason"] == "length" else row["answer"]
+
+
 def table_line(name: str, metrics: Mapping[str, Any]) -> str:
     low, high = metrics["pass@1_interval"]
     best = metrics.get(f"pass@{metrics['k']}")
@@ -90,18 +96,21 @@ def decoding_check(sampled: Rows, greedy: Rows) -> dict[str, dict[str, float]]:
 def contest_metrics(rows: Sequence[Row]) -> dict[str, Any]:
     """Ratings from contests: rows with "problems": [{"rating", "solved"}, ...], or "rank" and "opponents": [ratings].
 
-    Of problems, all results enter one maximum-likelihood rating (Elo, a problem being an opponent). Of ranks, each contest
-    gives the rating whose expected place is the actual one, and their mean counts. ConfigError with the row of another form.
+    All problems enter one maximum-likelihood rating (Elo, a problem being an opponent), and all ranks another one
+    (estimators.contest_results). Either is `bounded` where everything was won, or nothing. ConfigError with the row of
+    another form.
     """
     results: list[tuple[float, bool]] = []
-    ratings = []
+    places: list[tuple[float, bool]] = []
+    ranked = 0
     for row in rows:
         problems, rank, opponents = (row.columns.get(name) for name in ("problems", "rank", "opponents"))
         try:
             if problems:
                 results += [(_rating(one["rating"]), _solved(one["solved"])) for one in problems]
             else:
-                ratings.append(contest_rating(int(rank or 0), [_rating(value) for value in opponents or ()]))
+                places += contest_results(int(rank or 0), [_rating(value) for value in opponents or ()])
+                ranked += 1
         except (KeyError, TypeError, ValueError) as error:
             words = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ConfigError(
@@ -119,12 +128,9 @@ def contest_metrics(rows: Sequence[Row]) -> dict[str, Any]:
             "bounded": found.bounded,
         }
         metrics["error"] = None if found.bounded else found.error
-    if ratings:
-        finite = [found.rating for found in ratings if not found.bounded]
-        metrics |= {
-            "rank_rating": _mean(finite) if finite else None,
-            "bounded_contests": len(ratings) - len(finite),
-        }
+    if places:
+        found = elo(places)
+        metrics |= {"ranks": ranked, "rank_rating": found.rating, "rank_bounded": found.bounded}
     return metrics
 
 

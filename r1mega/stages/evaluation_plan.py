@@ -15,6 +15,7 @@ from r1mega.data.suite_formats import Question, mathematics
 from r1mega.data.suites import SUITES, Suite, named_suites, read_suite
 from r1mega.rollout.engine import Sampling
 from r1mega.stages.evaluation_config import CHAT, EvaluationConfig
+from r1mega.stages.evaluation_grading import JUDGED
 from r1mega.stages.evaluation_sources import (
     EndpointSource,
     EngineSource,
@@ -29,6 +30,8 @@ from r1mega.stages.tokenizer import load_tokenizer
 
 GREEDY = "-greedy"
 """Ends the name of the decoding check's samples."""
+LIMITS = {"math": ("cpu_seconds", "last_number"), "code": ("code_seconds", "code_memory_mib", "isolation")}
+"""Task -> settings of `rewards` that its verdicts depend on."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Job:
     sampling: Sampling
     source: Source
     settings: dict[str, Any]
-    """What its samples depend on."""
+    """What its samples and their verdicts depend on."""
 
     @property
     def requests(self) -> list[Request]:
@@ -85,7 +88,7 @@ def _plan_of_model(config: EvaluationConfig) -> Plan:
             "data": _data(suite, path, config),
             "max_tokens": limit,
             "seed": config.seed,
-        }
+        } | _grading(config, questions)
         drawn = Sampling(config.temperature, config.top_p, limit)
         kinds = [
             (suite.name, drawn, config.k or suite.k),
@@ -106,6 +109,14 @@ def _data(suite: Suite, path: Path, config: EvaluationConfig) -> str:
     return checksum(path) if suite.file or path.is_file() else f"generated, {config.operations} operations"
 
 
+def _grading(config: EvaluationConfig, questions: Sequence[Question]) -> dict[str, Any]:
+    """The judge and the limits that grade these questions."""
+    tasks = {question.task for question in questions}
+    names = [name for task, limits in LIMITS.items() if task in tasks for name in limits]
+    judge = {"judge": f"{config.judge.model} at {config.judge.url}"} if tasks & set(JUDGED) else {}
+    return judge | {f"rewards.{name}": getattr(config.rewards, name) for name in names}
+
+
 def _plan_of_file(config: EvaluationConfig) -> Plan:
     path = Path(config.generations)
     generations = read_generations(path)
@@ -119,6 +130,7 @@ def _plan_of_file(config: EvaluationConfig) -> Plan:
     variants = by_question(generations, questions, path)
     questions = questions[: config.limit or None]
     settings = {"generations": checksum(path), "data": _data(suite, file, config)}
+    settings |= _grading(config, questions)
     prompts = {q.id: q.text for q in questions}
     jobs = []
     for variant, texts_of in variants.items():

@@ -44,7 +44,8 @@ def named_files(config: Any) -> dict[str, Path]:
     """Setting -> path, for every text setting that is the path of something that exists.
 
     Only a text with a slash in it, or a setting called path or paths, counts as a path: `task="math"` is none, whatever
-    lies in the working directory. Among the words of a list only files count.
+    lies in the working directory. Among the words of a list only files count. An evaluation's suites are the files (of
+    MGSM the folder) that their names stand for.
     """
     found: dict[str, Path] = {}
     for setting, value in overrides.settings(config).items():
@@ -55,6 +56,21 @@ def named_files(config: Any) -> dict[str, Path]:
             is_path = "/" in text or (leaf.endswith(("path", "paths")) and text)
             if is_path and (Path(text).is_file() or (not listed and Path(text).is_dir())):
                 found[name] = Path(text)
+    if isinstance(config, EvaluationConfig):
+        found |= _suite_files(config)
+    return found
+
+
+def _suite_files(config: EvaluationConfig) -> dict[str, Path]:
+    """Those that the names of its suites stand for, where they are there; generated suites have none."""
+    found: dict[str, Path] = {}
+    for name in config.suites:
+        try:
+            ((suite, path),) = named_suites([name], config.data, operations=config.operations)
+        except FileNotFoundError:
+            continue  # `missing_inputs` tells of it
+        if suite.file or path.is_file():
+            found[f"suites.{suite.name}"] = path
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from r1mega.config import ConfigError, RunConfig
 from r1mega.data.preference_votes import (
+    SAMPLING,
     VOTES,
     Kept,
     Pair,
@@ -33,7 +34,7 @@ from r1mega.data.preference_votes import (
 from r1mega.rewards.endpoint import Endpoint, EndpointFault
 from r1mega.stages.console import Console
 from r1mega.stages.interrupt import cancel_on_sigterm
-from r1mega.stages.run_directory import RunDirectory
+from r1mega.stages.run_directory import RunDirectory, checksum
 
 MAX_FAULTS = 16
 MAX_FAULT_SHARE = 0.05
@@ -55,7 +56,8 @@ def run(config: RunConfig, directory: RunDirectory, console: Console) -> None:
         asked = endpoint.metrics()
     kept, drops, facts = select(pairs, votes)
     write_lines(directory.path / "votes.jsonl", (asdict(v) for pair in worth for v in votes[pair.id]))
-    write_lines(directory.path / "pairs.jsonl", map(pair_row, kept))
+    lineage = _lineage(config)
+    write_lines(directory.path / "pairs.jsonl", (pair_row(one) | {"lineage": lineage} for one in kept))
     partial_votes(directory).unlink(missing_ok=True)
     directory.add_results(
         finished=True,
@@ -104,6 +106,17 @@ def _row(line: str, where: str, default_id: str) -> tuple[str, str, list[str]]:
         for text in (str(row.get("id", default_id)), prompt, *responses)
     )
     return id, prompt, responses
+
+
+def _lineage(config: RunConfig) -> dict[str, Any]:
+    """Of every pair, as rows of other data have it; the row's id names the candidates' row."""
+    return {
+        "source": "preference_pairs",
+        "candidates": checksum(Path(config.data.path)),
+        "judge": f"{config.judge.model} at {config.judge.url}",
+        "sampling": asdict(SAMPLING) | {"seed": config.seed, "votes": VOTES},
+        "filters": ["lengths", "mean", "balance"],
+    }
 
 
 async def _ask_all(

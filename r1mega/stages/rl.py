@@ -312,9 +312,10 @@ class ReinforcementLearning:
             self.trace.write(self.directory.path / "trace.json")
         self.trace.clear()
 
-    def _watch(self) -> None:
-        """Say it loudly, and keep it in results.json, when a model's reward looks hacked."""
+    def _watch(self, last: Evaluation | None = None) -> None:
+        """Say it loudly, and keep it in results.json, when a model's reward looks hacked. `last`: the end's, in no row."""
         rows = read_jsonl(self.directory.path / "metrics.jsonl")
+        rows += [{"step": self.step} | _eval_metrics(last)] if last else []
         ruled = sum("accuracy" in weights_of(self.config.rewards, p.task) for p in self.prompts.heldout)
         alarm = reward_hacking(rows, tuple(NEURAL), ruled)
         if alarm:
@@ -352,6 +353,7 @@ class ReinforcementLearning:
 
     async def _finish(self) -> None:
         after = await self._evaluate("after")
+        self._watch(after)
         self.console.phase("writing the Hugging Face checkpoint and the report")
         await self.policy.call("export", str(self.directory.hf))
         await self.policy.call("finish_save")

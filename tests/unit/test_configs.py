@@ -168,6 +168,11 @@ def test_the_reward_models_serve_the_last_stage_and_read_what_the_paper_says():
     ]
 
 
+def test_r1_is_watched_for_reward_hacking_often_in_its_preference_phase():
+    r1 = load(CONFIGS / "r1" / "07_all_scenario_rl.py")
+    assert (r1.num_steps - r1.rewards.general_from) // r1.eval.every >= 10
+
+
 def test_r1_zero_has_the_values_of_the_paper():
     config = load(CONFIGS / "r1" / "01_r1_zero.py")
     assert config.stage == "rl"

@@ -12,7 +12,7 @@ import pytest
 from r1mega.algorithms.estimators import (
     ELO_BOUNDS,
     cons_at_k,
-    contest_rating,
+    contest_results,
     elo,
     equivalence_classes,
     interval,
@@ -66,6 +66,28 @@ def test_a_vote_is_the_mean_over_random_tie_breaks(seed: int) -> None:
     assert cons_at_k(answers, correct) == expected
     order = rng.sample(range(len(answers)), len(answers))
     assert cons_at_k([answers[i] for i in order], [correct[i] for i in order]) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_of_the_samples_changes_a_vote(seed: int) -> None:
+    """Verdicts differ within a class (a right answer in a wrong form), and "equal" is no equivalence (a tolerance)."""
+    rng = random.Random(seed)
+    samples = [(rng.choice([None, *range(8)]), rng.random() < 0.5) for _ in range(12)]
+
+    def voted() -> float:
+        answers, correct = zip(*samples, strict=True)
+        return cons_at_k(equivalence_classes(answers, lambda a, b: abs(a - b) <= 1), correct)
+
+    votes = set()
+    for _ in range(20):
+        rng.shuffle(samples)
+        votes.add(voted())
+    assert len(votes) == 1
+
+
+def test_a_class_is_right_though_its_first_member_was_cut() -> None:
+    assert cons_at_k(["5"] * 4, [False, True, True, True]) == 1.0
+    assert cons_at_k(["5"] * 4, [True, True, True, False]) == 1.0
 
 
 def test_wilson_is_where_the_score_test_turns() -> None:
@@ -133,18 +155,22 @@ def test_elo_recovers_a_rating_within_its_error() -> None:
     assert 0.9 <= inside / 200 <= 0.99
 
 
-def test_a_contest_rating_has_the_place_it_was_made_from() -> None:
+def test_a_rating_from_places_expects_them_in_their_sum() -> None:
     rng = random.Random(0)
-    opponents = [rng.uniform(800, 2400) for _ in range(200)]
-    for rank in (2, 17, 100, 199):
-        found = contest_rating(rank, opponents)
-        place = 1 + sum(win_probability(o, found.rating) for o in opponents)
-        assert place == pytest.approx(rank, abs=1e-3)
-    assert contest_rating(10, opponents).rating > contest_rating(20, opponents).rating
+    contests = [[rng.uniform(800, 2400) for _ in range(size)] for size in (200, 50, 120)]
+    for ranks in ((2, 3, 5), (17, 1, 40), (201, 10, 1), (199, 51, 119)):
+        results = [
+            one for rank, each in zip(ranks, contests, strict=True) for one in contest_results(rank, each)
+        ]
+        found = elo(results)
+        places = sum(1 + sum(win_probability(o, found.rating) for o in each) for each in contests)
+        assert not found.bounded
+        assert places == pytest.approx(sum(ranks), abs=1e-3)
+    assert elo(contest_results(10, contests[0])).rating > elo(contest_results(20, contests[0])).rating
 
 
 def test_a_rating_without_a_maximum_says_so() -> None:
     assert elo([(1500.0, True), (1600.0, True)]) == elo([(1000.0, True)])
     assert elo([(1500.0, True)]).rating == ELO_BOUNDS[1]
     assert elo([(1500.0, False)]).bounded
-    assert contest_rating(1, [1500.0]).bounded
+    assert elo(contest_results(1, [1500.0])).bounded

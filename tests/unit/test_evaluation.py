@@ -20,7 +20,8 @@ import pytest
 
 from r1mega import cli
 from r1mega.bench.scripted_endpoint import Request, ScriptedEndpoint, completion
-from r1mega.config import ConfigError, RewardConfig
+from r1mega.config import ConfigError, JudgeConfig, RewardConfig
+from r1mega.data.prompts import Row
 from r1mega.data.suite_formats import Question
 from r1mega.rewards import endpoint as endpoint_module
 from r1mega.stages import evaluation
@@ -29,6 +30,7 @@ from r1mega.stages.evaluation_config import EvaluationConfig, load
 from r1mega.stages.evaluation_grading import Output, followed_instructions, program
 from r1mega.stages.evaluation_metrics import contest_metrics, suite_metrics
 from r1mega.stages.evaluation_sources import check_model, fitting
+from r1mega.stages.run_directory import write_json
 
 DATA = Path(os.environ.get("R1MEGA_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WORKER = RewardConfig(workers=1)
@@ -110,6 +112,20 @@ def test_a_cut_answer_is_wrong_and_counted(maths: Path, tmp_path: Path) -> None:
     ])  # fmt: skip
     found = evaluate(tmp_path / "out", maths, file)["suites"]["own"]
     assert (found["pass@1"], found["truncated"]) == (0.5, 0.5)
+
+
+def test_a_cut_answer_does_not_vote(maths: Path, tmp_path: Path) -> None:
+    def sample(text: str, reason: str) -> dict[str, str]:
+        return {"response": text, "finish_reason": reason}
+
+    half = [sample("\\boxed{3}", "length")] * 3 + [sample("\\boxed{0.5}", "stop")] * 2
+    rest = [sample("\\boxed{4}", "stop")] * 5
+    folder = tmp_path / "out"
+    for order in (half, half[::-1]):
+        lines = [{"id": "half", **one} for one in order] + [{"id": "four", **one} for one in rest]
+        found = evaluate(folder, maths, write(tmp_path / "g.jsonl", lines))["suites"]["own"]
+        assert (found["cons@k"], found["pass@1"]) == (1.0, pytest.approx((2 / 5 + 1) / 2))
+        shutil.rmtree(folder)
 
 
 def test_what_eval_wrote_can_be_graded_again_without_a_disagreement(
@@ -354,6 +370,40 @@ def test_samples_made_otherwise_are_not_mixed(
     assert "holds samples of own with temperature=0.6, now 1.0" in capsys.readouterr().err
 
 
+def test_verdicts_of_two_judges_or_two_limits_are_not_mixed(
+    maths: Path, answers: Path, tmp_path: Path
+) -> None:
+    chat = write(tmp_path / "chat.jsonl", [{"id": "c", "prompt": "Capital?", "reference": "Paris"}])
+    file = write(tmp_path / "chats.jsonl", [{"id": "c", "response": "It is Paris."}])
+    reply = '{"analysis": "same", "correctness": "correct"}'
+    folder = tmp_path / "out"
+    with ScriptedEndpoint(lambda request: completion(reply)) as server:
+
+        def judged(model: str) -> dict[str, Any]:
+            judge = JudgeConfig(url=server.url, model=model)
+            return evaluate(folder, f"chat={chat}", file, judge=judge)["suites"]["chat"]["settings"]
+
+        assert judged("A")["judge"] == f"A at {server.url}"
+        with pytest.raises(ConfigError, match=f"samples of chat with judge=A at .*, now B at {server.url}"):
+            judged("B")
+        stored = json.loads((folder / "evaluation.json").read_text())
+        assert stored["chat"]["judge"] == f"A at {server.url}"
+        del stored["chat"]["judge"]  # a folder of before
+        write_json(folder / "evaluation.json", stored)
+        with pytest.raises(ConfigError, match=r"judge=\(not recorded\), now A"):
+            judged("A")
+    found = evaluate(tmp_path / "maths", maths, answers)["suites"]["own"]["settings"]
+    assert "judge" not in found, "nothing there was judged"
+    with pytest.raises(ConfigError, match=r"rewards\.cpu_seconds=2\.0, now 9\.0"):
+        evaluation.run(
+            EvaluationConfig(
+                suites=(str(maths),), generations=str(answers), dir=str(tmp_path / "maths"),
+                rewards=RewardConfig(workers=1, cpu_seconds=9.0),
+            ),
+            Console(io.StringIO()),
+        )  # fmt: skip
+
+
 @pytest.mark.usefixtures("_quick")
 def test_an_endpoint_that_is_down_ends_in_one_line(
     maths: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -433,6 +483,34 @@ def test_a_rating_comes_from_contests(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    "ranks, words, bounded",
+    [
+        ((1, 2), "rating from ranks 1", False),
+        ((1,), "rating from ranks 5000 or more (a bound: all won)", True),
+        ((1, 1), "rating from ranks 5000 or more (a bound: all won)", True),
+        ((4,), "rating from ranks -1000 or less (a bound: all lost)", True),
+        ((1, 4), "rating from ranks 1600\n", False),
+    ],
+)
+def test_first_and_last_places_count_and_a_bound_is_told(
+    ranks: tuple[int, ...], words: str, bounded: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write(tmp_path / "c.jsonl", [{"rank": rank, "opponents": [1500, 1600, 1700]} for rank in ranks])
+    assert cli.main(["eval", "--contests", str(file), "--dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["codeforces"]
+    assert (found["ranks"], found["rank_bounded"]) == (len(ranks), bounded)
+    assert words in capsys.readouterr().out
+
+
+def test_a_first_place_raises_the_rating() -> None:
+    def rated(*ranks: int) -> float:
+        rows = [Row("c:1", 0, {"rank": rank, "opponents": [1500, 1600, 1700]}) for rank in ranks]
+        return contest_metrics(rows)["rank_rating"]
+
+    assert rated(1, 2) > rated(2) > rated(4, 2)
+
+
+@pytest.mark.parametrize(
     "row, words",
     [
         ({"problems": [{"rating": 1500}]}, "no 'solved'"),
@@ -442,8 +520,6 @@ def test_a_rating_comes_from_contests(tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_a_bad_contest_is_named(row: dict, words: str) -> None:
-    from r1mega.data.prompts import Row
-
     with pytest.raises(ConfigError, match=f"c:3: .*{words}"):
         contest_metrics([Row("c:3", 2, row)])
 

@@ -222,7 +222,32 @@ def test_stages_stand_in_columns_as_in_the_papers_table(pipeline: Path) -> None:
     heads = re.findall(r"<th>(.*?)</th>", page.split(">Stage by stage</h3>")[1].split("</thead>")[0])
     assert heads == ["", "dev1", "dev2"]
     assert cells(page, "Stage by stage", "sums, pass@1") == ["62.5%", "100.0%"]
-    assert cells(page, "Stage by stage", "language consistency") == ["100.0%", "100.0%"]
+    assert cells(page, "Stage by stage", "sums, language consistency") == ["100.0%", "100.0%"]
+
+
+def test_each_suite_has_rows_of_its_own_and_hides_no_other(pipeline: Path) -> None:
+    """Format rises in one suite and is nil in another: their mean is nowhere."""
+    for stage in ("dev1", "dev2"):
+        folder = pipeline / f"eval_{stage}"
+        rows = [json.loads(line) for line in (folder / "generations/sums.jsonl").read_text().splitlines()]
+        if stage == "dev1":
+            (folder / "generations/sums.jsonl").write_text(
+                "".join(json.dumps(row | {"response": "no tags"}) + "\n" for row in rows)
+            )
+        (folder / "generations/talk.jsonl").write_text(
+            "".join(json.dumps(row | {"response": "I do not think"}) + "\n" for row in rows)
+        )
+        results = json.loads((folder / "results.json").read_text())
+        sums = results["suites"]["sums"]
+        results["suites"]["talk"] = {k: v for k, v in sums.items() if k != "language_consistency"} | {
+            "truncated": 0.5
+        }
+        write_json(folder / "results.json", results)
+    page = write_pipeline_report(pipeline).read_text()
+    assert cells(page, "Stage by stage", "sums, format") == ["0.0%", "100.0%"]
+    assert cells(page, "Stage by stage", "talk, format") == ["0.0%", "0.0%"]
+    assert cells(page, "Stage by stage", "talk, cut") == ["50.0%", "50.0%"]
+    assert "talk, language consistency" not in page, "no row without a value"
 
 
 def test_the_end_of_the_pipeline_heads_the_page_not_a_control_that_ran_last(pipeline: Path) -> None:

@@ -53,6 +53,7 @@ from r1mega.data.preference_votes import (
 from r1mega.rewards.endpoint import Endpoint, EndpointFault
 from r1mega.stages import preference_pairs
 from r1mega.stages.console import Console
+from r1mega.stages.lineage import trace
 from r1mega.stages.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -343,6 +344,10 @@ def test_the_stage_leaves_pairs_votes_and_a_table(tmp_path: Path) -> None:
         long, short = sorted((len(row["chosen"]) - 17, len(row["rejected"]) - 17), reverse=True)
         assert long + LENGTH_SLACK <= LENGTH_RATIO * (short + LENGTH_SLACK)
         assert [v["label"] for v in votes if v["pair"] == row["id"]] == row["labels"]
+        assert row["lineage"]["judge"] == f"scripted at {server.url}"
+    origin = trace(f"{tmp_path / 'run/pairs.jsonl'}:1")
+    assert "lineage" not in origin.facts, "it has one of its own"
+    assert ("candidates", str(data)) in [(name, source.what) for name, source in origin.sources]
     assert abs(results["facts"]["longer_share"] - 0.5) <= 0.06
     for text in ("pairs kept", "dropped, identical", "longer response chosen", "first place"):
         assert text in out

@@ -111,3 +111,20 @@ def test_a_checksum_depends_on_every_name_and_byte(tmp_path: Path) -> None:
 
     assert of(a=b"1", b=b"2") == of(b=b"2", a=b"1")
     assert len({of(a=b"1"), of(a=b"2"), of(c=b"1"), of(a=b"12")}) == 4
+
+
+def test_a_large_file_s_checksum_depends_on_its_head_its_tail_and_blocks_between(tmp_path: Path) -> None:
+    """Beyond the limit: files of the same size, as the shards of two training runs are."""
+    size, limit = 1 << 20, 1 << 14
+
+    def of(*places: int) -> str:
+        content = bytearray(size)
+        for place in places:
+            content[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        return checksum(tmp_path, limit).rpartition(" ")[2]
+
+    sampled = [0, size - 1, *(n * (size - 16) // 63 + 7 for n in range(1, 63))]
+    assert len({of(), *(of(place) for place in sampled), of(*range(size))}) == len(sampled) + 2
+    assert of() == of()
+    assert of(1000) == of(), "between two blocks: what is not read is not seen"
