@@ -25,7 +25,7 @@ config = RunConfig(
     ),
     data=DataConfig(
         path="data/helpful_pairs.jsonl",  # V3 judges each pair four times; |difference| > 1; similar lengths
-        template="r1_zero",
+        template="r1",  # the policy's, as in RL
         eval_size=1024,  # [open] held out, to measure the accuracy that the paper does not report
     ),
     reward_model=RewardModelConfig(
