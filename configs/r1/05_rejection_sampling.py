@@ -12,7 +12,16 @@ config = RejectionSampling(
     per_prompt=0,  # [open]
     shard_size=1024,
     filters=("format", "wrong_language", "mixed_language", "code_block", "long_paragraph"),
-    decontaminate=("data/math/aime2024.jsonl", "data/math/math500.jsonl", "data/gsm8k/test.jsonl"),
+    # what 09_evaluation.py measures, and GSM8K
+    decontaminate=(
+        "data/math/aime2024.jsonl",
+        "data/math/math500.jsonl",
+        "data/gpqa/gpqa_diamond.csv",
+        "data/mmlu/test.jsonl",
+        "data/livecodebench/test.jsonl",
+        "data/ifeval/input_data.jsonl",
+        "data/gsm8k/test.jsonl",
+    ),
     model=ModelConfig(path="models/DeepSeek-R1-Dev2"),
     data=DataConfig(path="data/reasoning_prompts.jsonl", template="r1", max_prompt_tokens=1024),
     rollout=RolloutConfig(

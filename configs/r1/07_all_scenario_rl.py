@@ -7,7 +7,6 @@ both by format and language. A general prompt is either a helpfulness or a safet
 from dataclasses import replace
 from pathlib import Path
 
-from r1mega.config import EvalConfig
 from r1mega.overrides import load
 
 GENERAL = {"reasoning_format": 1.0, "language": 1.0}
@@ -26,5 +25,7 @@ config = replace(
         helpful_model="models/r1-reward-helpful",
         safety_model="models/r1-reward-safety",
     ),
-    eval=EvalConfig(every=40),  # [open]: ten looks for reward hacking in the steps with preference rewards
+    eval=replace(
+        dev2.eval, every=40
+    ),  # [open]: ten looks for reward hacking in the steps with preference rewards
 )

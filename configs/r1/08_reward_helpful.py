@@ -25,7 +25,7 @@ config = RunConfig(
     ),
     data=DataConfig(
         path="data/helpful_pairs.jsonl",  # 08_preference_pairs.py makes them
-        template="r1_zero",
+        template="r1",  # the policy's, as in RL
         eval_size=1024,  # [open] held out, to measure the accuracy that the paper does not report
     ),
     reward_model=RewardModelConfig(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from r1mega.config import ConfigError, ModelConfig
 from r1mega.data.chat import Template, prompt_text, template
 from r1mega.data.documents import exchange
 from r1mega.data.prompts import Row
-from r1mega.data.recipes import ColdStart
+from r1mega.data.recipes import HUMAN, ColdStart
 from r1mega.data.rejection_sampling import judged_by, training_row, unfit, without_form, wrong
 from r1mega.data.responses import Response, parse_response
+from r1mega.data.shards import Rows
 from r1mega.samples import Prompt
 
 DIRECT = """\
@@ -90,7 +92,7 @@ def sampled_sources(config: ColdStart) -> list[Source]:
             "r1_zero", config.model, template(config.data.template), f"template {config.data.template}"
         ),
     }
-    return [known[name]() for name in config.sources if name != "human"]
+    return [known[name]() for name in config.sources if name != HUMAN]
 
 
 def _prompted(name: str, model: ModelConfig, text: str, prompt: str) -> Source:
@@ -182,6 +184,19 @@ def human_rows(rows: Iterable[Row], config: ColdStart, count_tokens: Any) -> Ite
             answer=None if answer is None else str(answer),
             task=str(row.columns.get("task") or config.data.task),
             tokens=count_tokens(response),
-            lineage={"source": "human", "model": None, "prompt": row.where, "sampling": None, "filters": [],
+            lineage={"source": HUMAN, "model": None, "prompt": row.where, "sampling": None, "filters": [],
                      "judge": None, "rewriter": None},
         )  # fmt: skip
+
+
+def shared(human: Rows, sampled: Iterable[Rows], size: int, dropped: Counter[str]) -> Rows:
+    """At most `size` rows (0: all): people's first; of the rest each sampled source gets as many as any other, from its
+    first prompts on, and what one cannot fill goes to the others. The sources stay in their order."""
+    sampled = list(sampled)
+    turns = [row for turn in zip_longest(*sampled) for row in turn if row is not None]
+    room = max(0, size - len(human)) if size else len(turns)
+    kept = {row["id"] for row in turns[:room]}
+    rows = human[: size or None] + [row for rows in sampled for row in rows if row["id"] in kept]
+    if left := len(human) + len(turns) - len(rows):
+        dropped["size"] += left
+    return rows

@@ -14,6 +14,7 @@ from typing import Any
 from r1mega.config import ConfigError, DataConfig
 from r1mega.data import bilingual, chain
 from r1mega.data.chat import THINK, Question, Template, template
+from r1mega.data.evaluation_texts import read_evaluation
 from r1mega.data.prompts import (
     Row,
     as_text,
@@ -22,7 +23,6 @@ from r1mega.data.prompts import (
     encode,
     encode_prompts,
     is_conversation,
-    read_evaluation,
     read_rows,
     text_of,
 )

@@ -20,6 +20,7 @@ from typing import Any
 from r1mega.config import ConfigError
 from r1mega.data.prompts import Row, read_rows
 from r1mega.data.suite_formats import ID_COLUMNS, QUESTION_COLUMNS, Question, reference
+from r1mega.rewards.prose import whole_response
 
 TEXT_COLUMNS = (
     "response", "completion", "solution", "generation", "output", "model_output", "generated_text", "prediction", "text",
@@ -46,6 +47,7 @@ class Generation:
     variant: str
     """Which of several models in one file; empty where it has one."""
     text: str
+    """Whole: with the <think> in which the row's own prompt may end."""
     is_completion: bool
     finish_reason: str
     """"stop" unless the row says otherwise."""
@@ -150,10 +152,11 @@ def _texts(row: Row, names: tuple[str, ...], variant: str, columns: Mapping[str,
     verdicts = verdicts if isinstance(verdicts, list) else [verdicts] * len(texts)
     if len(verdicts) != len(texts):
         raise ConfigError(f"{row.where}: {len(verdicts)} verdicts for {len(texts)} texts")
+    prompt = str(columns.get("prompt") or "")
     cut = columns.get("finish_reason") in CUT or columns.get("truncated") is True
     return [
         Generation(
-            row.where, names, variant, text, column in COMPLETIONS, "length" if cut else "stop",
+            row.where, names, variant, whole_response(prompt, text), column in COMPLETIONS, "length" if cut else "stop",
             None if verdict is None else _verdict(row, named, verdict),
         )
         for text, verdict in zip(texts, verdicts)

@@ -24,7 +24,7 @@ from typing import Any
 from r1mega.config import ConfigError, DataConfig, RewardModelConfig
 from r1mega.data.chat import question_of, template
 from r1mega.data.generated_preferences import labelled_rows, pair_rows
-from r1mega.data.prompts import Row, read_rows
+from r1mega.data.prompts import Row, encode, encode_prompts, read_rows
 
 GENERATED = "generated:preferences"
 THINK, THINK_END = "<think>", "</think>"
@@ -107,8 +107,9 @@ def describe(dropped: Counter[str]) -> str:
 def part_read(response: str, reads: str) -> str | None:
     """The part of a response that a reward model may see; None where there is none.
 
-    reads "response": all of it. "summary": what follows the last </think>, or the whole response where it holds
-    no thinking; an unclosed <think> leaves no summary. Both without outer white space; nothing but that is None.
+    The response is whole: with the <think> that its prompt may have opened. reads "response": all of it. "summary":
+    what follows the last </think>, or the whole response where it holds no thinking; an unclosed <think> leaves no
+    summary. Both without outer white space; nothing but that is None.
     """
     if reads == "response":
         return response.strip() or None
@@ -117,7 +118,10 @@ def part_read(response: str, reads: str) -> str | None:
 
 
 class Encoder:
-    """Question and response -> the token ids that a reward model scores."""
+    """Question and whole response -> the token ids that a reward model scores, in training and in RL alike.
+
+    The prompt's tokens are the policy's (encode_prompts). A <think> that the template has opened is not repeated.
+    """
 
     def __init__(self, tokenizer: Any, template_name: str, reads: str):
         if tokenizer.eos_token_id is None:
@@ -131,8 +135,10 @@ class Encoder:
         part = part_read(response, self.reads)
         if part is None:
             return None
-        head = self.tokenizer(self.to_text(question), add_special_tokens=True)["input_ids"]
-        tail = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        if self.reads == "response":
+            part = self.to_text.completion(part)
+        (head,) = encode_prompts([self.to_text(question.strip())], self.tokenizer)
+        (tail,) = encode([part], self.tokenizer, add_special_tokens=False)
         return (*head, *tail, self.tokenizer.eos_token_id)
 
 

@@ -204,30 +204,6 @@ def as_text(question: Question) -> str:
     return question if isinstance(question, str) else question_of(question)
 
 
-def read_evaluation(paths: Sequence[str], setting: str) -> Evaluation:
-    """Every question and every solution of these evaluation files; `setting` names them in messages."""
-    return Evaluation.of({path: _evaluation_texts(path, setting) for path in paths})
-
-
-def _evaluation_texts(path: str, setting: str) -> tuple[list[str], list[str]]:
-    asked, solved = (
-        ("question", "problem", "prompt"),
-        ("solution", "canonical_solution", "response", "answer"),
-    )
-    questions, solutions = [], []
-    for row in read_rows(path, setting):
-        found = [row.columns[name] for name in asked if isinstance(row.columns.get(name), str)]
-        if row.columns.get(MESSAGES):
-            found.append(question_of(conversation(row)))
-        if not found:
-            raise ConfigError(
-                f"{row.where}: no question in any of the columns {', '.join(asked)}, {MESSAGES}"
-            )
-        questions += found
-        solutions += [row.columns[name] for name in solved if isinstance(row.columns.get(name), str)]
-    return questions, solutions
-
-
 def read_questions(data: DataConfig, *, seed: int) -> list[QuestionAnswer]:
     """All questions of a file, or the training problems of generated:chain, each with what its rule needs.
 

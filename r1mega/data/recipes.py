@@ -24,7 +24,8 @@ from r1mega.config import (
 )
 from r1mega.data.chat import template
 
-SOURCES = ("few_shot", "direct", "r1_zero", "human")
+HUMAN = "human"
+SOURCES = ("few_shot", "direct", "r1_zero", HUMAN)
 """Where cold-start rows come from (R1 v1, section 2.3.1)."""
 REWRITING = ("endpoint", "rules", "none")
 REVIEWS = ("files", "none")
@@ -52,9 +53,11 @@ class GenerateData:
     samples: int = 4
     """Responses sampled for each prompt."""
     per_prompt: int = 0
-    """Responses kept of each prompt at most, in the order they were sampled in; 0 keeps all."""
+    """Responses kept of each prompt at most, in the order they were sampled in; 0 keeps all. In the cold start each
+    source that a model writes has so many of its own, and what people wrote is not counted."""
     size: int = 0
-    """Rows at most, of the first prompts; 0 is no limit."""
+    """Rows at most, of the first prompts; 0 is no limit. In the cold start people's rows come first, and the sources
+    that models write share the rest equally; what one cannot fill goes to the others (cold_start.shared)."""
     shard_size: int = 256
     """Prompts in one shard: what a killed run may have to sample again."""
     filters: tuple[str, ...] = tuple(name for name in FILTERS if name != "no_words")
@@ -140,7 +143,7 @@ class ColdStart(GenerateData):
         template(self.template, "template")
         if not self.sources:
             yield f"sources=: name one or more of {', '.join(SOURCES)}"
-        for source in ("few_shot", "human"):
+        for source in ("few_shot", HUMAN):
             if source in self.sources and not getattr(self, source):
                 yield f"{source}=: the source {source} needs its file"
         if self.rewriting == "endpoint" and not (self.rewriter.url and self.rewriter.model):

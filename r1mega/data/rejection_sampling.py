@@ -18,7 +18,7 @@ from r1mega.data.decontamination import Evaluation
 from r1mega.data.documents import Exchange, exchange
 from r1mega.data.duplicates import Duplicates
 from r1mega.data.prompts import Row, as_text
-from r1mega.data.recipes import GenerateData
+from r1mega.data.recipes import HUMAN, GenerateData
 from r1mega.data.responses import Response, parse_response
 from r1mega.rewards.language import detect
 from r1mega.rewards.readability import unreadable
@@ -63,17 +63,21 @@ class Selection:
 
     def __post_init__(self) -> None:
         self._duplicates = Duplicates()
-        self._kept: Counter[str] = Counter()
+        self._kept: Counter[tuple[str, str]] = Counter()
 
-    def keeps(self, question: str, response: str) -> bool:
-        """Whether the row is new, overlaps no evaluation set, and is not one too many of its question."""
+    def keeps(self, question: str, response: str, source: str = "") -> bool:
+        """Whether the row is new, overlaps no evaluation set, and is not one too many of its question and source.
+
+        Of what people wrote (source HUMAN) there are never too many.
+        """
         if self.evaluation.found_in(question, response):
             return self._drop("contaminated")
-        if self.config.per_prompt and self._kept[question] >= self.config.per_prompt:
+        limit = 0 if source == HUMAN else self.config.per_prompt
+        if limit and self._kept[source, question] >= limit:
             return self._drop("per_prompt")
         if reason := self._duplicates.found(f"{question}\n{response}"):
             return self._drop(reason)
-        self._kept[question] += 1
+        self._kept[source, question] += 1
         return True
 
     def _drop(self, reason: str) -> bool:
@@ -232,7 +236,7 @@ def general_rows(
     for row in rows:
         reasoning = "" if is_simple(row.question) else row.reasoning or written.get(row.id, "")
         response = template.response(reasoning, row.summary) if reasoning else row.summary
-        if selection.keeps(row.question, response):
+        if selection.keeps(row.question, response, "general"):
             yield training_row(
                 row.id,
                 row.exchange.question,

@@ -96,12 +96,15 @@ class Question:
 # ---------------------------------------------------------------- rows
 
 
-def rows_of(path: Path) -> list[Row]:
-    """All rows; of csv and tsv the columns are those of the header, or "0", "1", ... where there is none."""
+def rows_of(path: Path, setting: str = "suite file") -> list[Row]:
+    """All rows; of csv and tsv the columns are those of the header, or "0", "1", ... where there is none.
+
+    `setting` names the file in messages.
+    """
     if path.suffix not in (".csv", ".tsv"):
-        return read_rows(str(path), "suite file")
+        return read_rows(str(path), setting)
     if not path.is_file():
-        raise FileNotFoundError(f"suite file={path}: no such file")
+        raise FileNotFoundError(f"{setting}={path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

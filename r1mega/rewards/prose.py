@@ -27,8 +27,20 @@ def chain_of_thought(response: str, *, opened: bool = False) -> str:
     return body[start + len(_OPEN) :]
 
 
+def whole_response(prompt: str, response: str) -> str:
+    """The response with the <think> that the prompt's text ends in (R1's chat template opens the reasoning), if it does.
+
+    So a chain that is never closed is known as one, and is neither a summary nor an answer.
+    """
+    opened = prompt.rstrip().endswith(_OPEN)
+    return prompt[prompt.rindex(_OPEN) :] + response if opened else response
+
+
 def summary(response: str) -> str:
-    """What follows the last </think>, stripped; all of a response without the tags, "" of an unclosed chain."""
+    """What follows the last </think>, stripped; all of a response without the tags, "" of an unclosed chain.
+
+    Of a whole response: what a policy wrote behind an opened <think> holds no tag of its own.
+    """
     if _CLOSE in response:
         return response.rsplit(_CLOSE, 1)[1].strip()
     return "" if _OPEN in response else response.strip()

@@ -23,7 +23,7 @@ from r1mega.rewards.language import consistency, detect
 from r1mega.rewards.length import length_penalty
 from r1mega.rewards.logic_answer import compare_logic, read_reference
 from r1mega.rewards.math_answer import extract_answer, quick_compare
-from r1mega.rewards.prose import chain_of_thought, summary
+from r1mega.rewards.prose import chain_of_thought, summary, whole_response
 from r1mega.rewards.readability import readability
 from r1mega.rewards.repetition import repetition
 from r1mega.rewards.services import Services
@@ -69,7 +69,7 @@ def math_rule(services: Services) -> RewardTerm:
     """
 
     async def compared(rollout: Rollout) -> tuple[float, str]:
-        answer = extract_answer(rollout.response_text, last_number=services.rewards.last_number)
+        answer = extract_answer(whole(rollout), last_number=services.rewards.last_number)
         if answer is None:
             return 0.0, "missing"
         verdict = quick_compare(rollout.prompt.answer, answer)
@@ -84,7 +84,7 @@ def code_rule(services: Services) -> RewardTerm:
     """1 when the program in the response passes all tests (code_tests.py has the verdicts)."""
 
     async def code(rollout: Rollout) -> tuple[float, str]:
-        outcome = await services.code.check_response_async(rollout.response_text, rollout.prompt.answer)
+        outcome = await services.code.check_response_async(whole(rollout), rollout.prompt.answer)
         return float(outcome.verdict == "passed"), outcome.verdict
 
     return code
@@ -94,7 +94,7 @@ def choice_rule(_: Services) -> RewardTerm:
     """1 for the right option of a multiple-choice question, by letter or by its text."""
 
     async def choice(rollout: Rollout) -> tuple[float, str]:
-        answer = final_text(rollout.response_text)
+        answer = final_text(whole(rollout))
         if answer is None:
             return 0.0, "missing"
         verdict = compare_choice(rollout.prompt.answer, answer, read_options(rollout.prompt.question) or None)
@@ -107,7 +107,7 @@ def logic_rule(_: Services) -> RewardTerm:
     """1 for the right set, ordering, assignment or truth value (logic_answer.py has the forms of a reference)."""
 
     async def logic(rollout: Rollout) -> tuple[float, str]:
-        answer = final_text(rollout.response_text)
+        answer = final_text(whole(rollout))
         if answer is None:
             return 0.0, "missing"
         verdict = compare_logic(rollout.prompt.answer, answer)
@@ -116,8 +116,13 @@ def logic_rule(_: Services) -> RewardTerm:
     return logic
 
 
+def whole(rollout: Rollout) -> str:
+    """The response with the opening tag that its prompt may hold: what answers and summaries are read from."""
+    return whole_response(rollout.prompt.text, rollout.response_text)
+
+
 def final_text(response: str) -> str | None:
-    """What a response ends in: its <answer> block or box, else its whole summary; None where there is nothing."""
+    """What a whole response ends in: its <answer> block or box, else all of its summary; None where there is nothing."""
     return extract_answer(response) or summary(response) or None
 
 
@@ -229,7 +234,7 @@ def model_term(name: str) -> Maker:
         model = services.models[name]
 
         async def scored(rollout: Rollout) -> tuple[float, str]:
-            return as_reward(await model.score(rollout.prompt.question, rollout.response_text))
+            return as_reward(await model.score(rollout.prompt.question, whole(rollout)))
 
         return scored
 
@@ -240,7 +245,7 @@ def judge_term(services: Services) -> RewardTerm:
     """1 where the judge says that the summary agrees with the reference (judge.py has the verdicts)."""
 
     async def judged(rollout: Rollout) -> tuple[float, str]:
-        prediction = final_text(rollout.response_text)
+        prediction = final_text(whole(rollout))
         if prediction is None:
             return 0.0, "missing"
         prompt = rollout.prompt

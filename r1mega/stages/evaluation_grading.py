@@ -29,7 +29,7 @@ from r1mega.rewards.judge import judge_correctness
 from r1mega.rewards.language import consistency, detect
 from r1mega.rewards.logic_answer import compare_logic
 from r1mega.rewards.math_answer import extract_answer, quick_compare
-from r1mega.rewards.prose import chain_of_thought, summary
+from r1mega.rewards.prose import chain_of_thought, summary, whole_response
 from r1mega.rewards.repetition import repetition
 from r1mega.rewards.sandbox import Limits, Sandbox
 from r1mega.rewards.scoring import FAULTS, Scorer
@@ -64,6 +64,11 @@ class Output:
     """The verdict that came with it."""
     is_completion: bool = False
     """It continues the question's code as it stands."""
+
+    @property
+    def whole(self) -> str:
+        """The text with the <think> that its prompt may have opened."""
+        return whole_response(self.prompt, self.text)
 
 
 class Grader:
@@ -110,7 +115,8 @@ class Grader:
                 question = output.question
                 key = f"{question.id}#{output.index}"
                 self._waiting[key] = output
-                prompt = Prompt(key, question.question, question.answer, question.task, output.prompt, ())
+                # no prompt text: what is read is whole already
+                prompt = Prompt(key, question.question, question.answer, question.task, "", ())
                 yield Rollout(
                     prompt,
                     output.index,
@@ -235,7 +241,7 @@ def readable(suite: Suite, output: Output) -> str:
     """What the rule reads: the program of a code task ("" for none), else the response in the suite's final form."""
     if output.question.task == "code":
         return program(output) or ""
-    return suite.final(output.text)
+    return suite.final(output.whole)
 
 
 def program(output: Output) -> str | None:
@@ -243,7 +249,7 @@ def program(output: Output) -> str | None:
 
     A block, or a text without any, that begins with an indented line is a function's body. None without code.
     """
-    question, text = output.question, output.text
+    question, text = output.question, output.text if output.is_completion else output.whole
     if not output.is_completion:
         final = text.rsplit("</think>", 1)[-1]
         block = extract_code(text)
@@ -293,7 +299,7 @@ def _row(output: Output, scored: ScoredRollout) -> dict[str, Any]:
         share, why = consistency(chain, target)
         row["language"] = None if why in ("no_words", "no_target") else share
     if question.task == "instructions":
-        row |= followed_instructions(text, question.answer)
+        row |= followed_instructions(output.whole, question.answer)
     if output.published is not None:
         row["published"] = output.published
     return row

@@ -22,9 +22,10 @@ from r1mega.config import ConfigError, JudgeConfig, RewardConfig
 from r1mega.data import cold_start, rejection_sampling, rewriting
 from r1mega.data.chat import template
 from r1mega.data.cold_start import Candidate, Source, sampled_sources
+from r1mega.data.evaluation_texts import read_evaluation
 from r1mega.data.manifest import Manifest
-from r1mega.data.prompts import read_evaluation, read_questions, read_rows, tokenised
-from r1mega.data.recipes import ColdStart, GenerateData, RejectionSampling
+from r1mega.data.prompts import read_questions, read_rows, tokenised
+from r1mega.data.recipes import HUMAN, ColdStart, GenerateData, RejectionSampling
 from r1mega.data.rejection_sampling import General, Selection, clean_prompts, unfit, without_form, wrong
 from r1mega.data.responses import Response
 from r1mega.data.review import review
@@ -87,7 +88,7 @@ class Generation:
 
     def _human(self, config: GenerateData) -> Rows:
         """What people wrote, read before anything is sampled."""
-        if not isinstance(config, ColdStart) or "human" not in config.sources:
+        if not isinstance(config, ColdStart) or HUMAN not in config.sources:
             return []
         return list(cold_start.human_rows(read_rows(config.human, "human"), config, self._count_tokens))
 
@@ -221,8 +222,9 @@ class Generation:
     def rows(self) -> Iterable[dict[str, Any]]:
         """The rows of data.jsonl, counted in the manifest as they are made."""
         config = self.config
-        rows = self._cold_start(config) if isinstance(config, ColdStart) else self._rejection(config)
-        return _at_most(rows, config.size, self.manifest) if not isinstance(config, ColdStart) else rows
+        if isinstance(config, ColdStart):
+            return self._cold_start(config)
+        return _at_most(self._rejection(config), config.size, self.manifest)
 
     def _rejection(self, config: GenerateData) -> Iterator[dict[str, Any]]:
         assert isinstance(config, RejectionSampling)
@@ -245,7 +247,10 @@ class Generation:
         found = self._candidates(config, counting=True)
         rewriter = _name(config.rewriter) if config.rewriting == "endpoint" else config.rewriting
         lineages = {source.name: self._lineage(source, rewriter=rewriter) for source in self.sources}
-        before, after, rows = rewriting.Person(), rewriting.Person(), []
+        keeps = self.selection.keeps
+        human = [row for row in self.human if keeps(row["question"], row["response"], HUMAN)]
+        before, after = rewriting.Person(), rewriting.Person()
+        sampled: dict[str, Rows] = {source.name: [] for source in self.sources}
         texts = [row for shard in self._rewritings(config, found) for row in shard.read()]
         for candidate, text in zip(found, texts, strict=True):
             assert candidate.id == text["id"]
@@ -253,22 +258,20 @@ class Generation:
                 self.manifest.dropped[text["why"]] += 1
                 continue
             response = Response(text["reasoning"], text["summary"], "ok")
-            row = cold_start.rewritten_row(
-                candidate, response, config, lineages[candidate.source.name], self._count_tokens
-            )
-            if self.selection.keeps(row["question"], row["response"]):
+            source = candidate.source.name
+            row = cold_start.rewritten_row(candidate, response, config, lineages[source], self._count_tokens)
+            if keeps(row["question"], row["response"], source):
                 before += rewriting.person(candidate.response.reasoning)
                 after += rewriting.person(response.reasoning)
-                rows.append(row)
-        rows += [row for row in self.human if self.selection.keeps(row["question"], row["response"])]
-        rows = list(_at_most(rows, config.size, self.manifest))
+                sampled[source].append(row)
+        rows = cold_start.shared(human, sampled.values(), config.size, self.manifest.dropped)
         self.manifest.facts["first_person"] = {
             "before": {"I": before.singular, "we": before.plural, "share": before.share},
             "after": {"I": after.singular, "we": after.plural, "share": after.share},
         }
         if config.review == "files":
             rows = review(rows, self.path / "review", self.manifest.dropped, self._count_tokens)
-        asyncio.run(self._check_people([row for row in rows if row["lineage"]["source"] == "human"]))
+        asyncio.run(self._check_people([row for row in rows if row["lineage"]["source"] == HUMAN]))
         return rows
 
     async def _check_people(self, rows: Rows) -> None:

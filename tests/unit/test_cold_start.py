@@ -13,7 +13,7 @@ import pytest
 from scripted_endpoint import client_of, completion, error, in_turn
 
 from r1mega.config import ConfigError, DataConfig, ModelConfig
-from r1mega.data.cold_start import candidates, human_rows, sampled_sources
+from r1mega.data.cold_start import candidates, human_rows, sampled_sources, shared
 from r1mega.data.prompts import Row, read_rows
 from r1mega.data.recipes import ColdStart, RejectionSampling
 from r1mega.data.responses import Response
@@ -122,6 +122,18 @@ def test_what_people_wrote_is_a_row_of_their_own() -> None:
     assert row["response"] == "<think>\nI add.\n</think>\n\n7"
     with pytest.raises(ConfigError, match=r"h.jsonl:1: .*unclosed_think"):
         list(human_rows([Row("h.jsonl:1", 0, columns | {"response": "<think>I add."})], CONFIG, len))
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [(0, "h1 h2 a1 a2 a3 a4 b1"), (2, "h1 h2"), (1, "h1"), (3, "h1 h2 a1"), (4, "h1 h2 a1 b1"), (6, "h1 h2 a1 a2 a3 b1")],
+)  # fmt: skip
+def test_a_source_that_cannot_fill_its_share_leaves_it_to_the_others(size: int, kept: str) -> None:
+    human, few, direct = ([{"id": id} for id in ids.split()] for ids in ("h1 h2", "a1 a2 a3 a4", "b1"))
+    dropped: Counter[str] = Counter()
+    rows = shared(human, [few, direct], size, dropped)
+    assert [row["id"] for row in rows] == kept.split()
+    assert dropped["size"] == 7 - len(rows)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from r1mega.checks import check
 from r1mega.config import RunConfig, value_at
 from r1mega.data import preference_votes
 from r1mega.data.decontamination import NGRAM
+from r1mega.data.recipes import SOURCES
 from r1mega.data.suites import SUITES
 from r1mega.overrides import bound, load
 from r1mega.stages import graph
@@ -150,6 +151,11 @@ def test_the_data_stages_of_r1_filter_as_the_paper_says():
     assert (rejection.rewards.weights, rejection.judge.model) == ({"accuracy": 1.0}, "deepseek-v3")
     assert min(cold.samples, rejection.samples) > 1
     assert 1_000 < cold.size < 10_000
+    assert set(cold.sources) == set(SOURCES)
+    evaluation = recipe["evaluation"].config
+    measured = {f"{evaluation.data}/{SUITES[name].file}" for name in evaluation.suites}
+    assert measured <= set(cold.decontaminate)
+    assert measured <= set(rejection.decontaminate)
     assert (recipe["rejection"].inputs["model.path"], recipe["dev3"].config.model.path) == (
         "dev2/hf", recipe["dev1"].config.model.path,
     )  # fmt: skip
@@ -166,6 +172,8 @@ def test_the_reward_models_serve_the_last_stage_and_read_what_the_paper_says():
         ("pairwise", "summary"),
         ("pointwise", "response"),
     ]
+    templates = {recipe[name].config.data.template for name in ("helpful", "safety", "r1")}
+    assert templates == {"r1"}, "a reward model reads what the policy reads"
 
 
 def test_r1_is_watched_for_reward_hacking_often_in_its_preference_phase():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import json
@@ -21,13 +22,15 @@ import pytest
 from r1mega import cli
 from r1mega.bench.scripted_endpoint import Request, ScriptedEndpoint, completion
 from r1mega.config import ConfigError, JudgeConfig, RewardConfig
+from r1mega.data.chat import template
 from r1mega.data.prompts import Row
 from r1mega.data.suite_formats import Question
+from r1mega.data.suites import SUITES
 from r1mega.rewards import endpoint as endpoint_module
 from r1mega.stages import evaluation
 from r1mega.stages.console import Console
 from r1mega.stages.evaluation_config import EvaluationConfig, load
-from r1mega.stages.evaluation_grading import Output, followed_instructions, program
+from r1mega.stages.evaluation_grading import Grader, Output, followed_instructions, program
 from r1mega.stages.evaluation_metrics import contest_metrics, suite_metrics
 from r1mega.stages.evaluation_sources import check_model, fitting
 from r1mega.stages.run_directory import write_json
@@ -137,6 +140,18 @@ def test_what_eval_wrote_can_be_graded_again_without_a_disagreement(
     assert again["pass@1"] == first["pass@1"] == pytest.approx(again["published_pass@1"])
 
 
+def test_generations_behind_a_prompt_that_opened_the_reasoning_are_read_as_they_were_sampled(
+    maths: Path, tmp_path: Path
+) -> None:
+    """As `r1mega eval` leaves them in R1's template: one that never closed it, one that did."""
+    file = write(tmp_path / "g.jsonl", [
+        {"id": "half", "prompt": template("r1")("half?"), "response": "so \\boxed{1/2}", "correct": False},
+        {"id": "four", "prompt": template("r1")("four?"), "response": "so\n</think>\n\n\\boxed{4}", "correct": True},
+    ])  # fmt: skip
+    found = evaluate(tmp_path / "out", maths, file)["suites"]["own"]
+    assert (found["disagreements"], found["pass@1"]) == (0, 0.5)
+
+
 def test_a_published_verdict_that_is_wrong_is_counted(maths: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "g.jsonl", [
         {"id": "half", "response": "\\boxed{2}", "is_correct": True},
@@ -188,6 +203,40 @@ def test_instructions_are_read_in_the_summary_alone(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("suite", "task", "answer"),
+    [
+        ("ifeval", "instructions", '[["punctuation:no_comma", {}]]'),
+        ("gpqa", "choice", "A"),
+        ("gsm8k", "math", "7"),
+        ("chat", "judged", "seven"),
+        ("chat", "compared", "seven"),
+    ],
+)
+def test_reasoning_that_the_prompt_opened_and_nobody_closed_is_never_graded(
+    suite: str, task: str, answer: str
+) -> None:
+    """In R1's template; and what is kept is what the model wrote."""
+    question = Question("q", "3 + 4?", "3 + 4?", answer, task)
+    chain = "It is A or #### 7 \\boxed{7}"
+
+    async def grade(text: str) -> dict[str, Any]:
+        async def outputs() -> Any:
+            yield Output(question, 0, template("r1")("3 + 4?"), text, "stop")
+
+        async with Grader(WORKER, JudgeConfig(), 1) as grader:
+            (row,) = [row async for row in grader.rows(SUITES[suite], outputs())]
+        return row
+
+    row = asyncio.run(grade(chain))
+    assert (row["value"], row["response"], row["answer"]) == (0.0, chain, None)
+    if task == "instructions":
+        assert row["strict"] == [False]
+    if task in ("choice", "math"):
+        ending = "A" if task == "choice" else "#### 7"
+        assert asyncio.run(grade(f"{chain}\n</think>\n\n{ending}"))["value"] == 1.0
+
+
 def test_a_suite_with_different_numbers_of_samples_takes_the_smallest_for_pass_at_k() -> None:
     row = {
         "finish_reason": "stop", "repetition": "ok", "response": "x", "verdict": "equal", "value": 1.0, "correct": True
@@ -216,6 +265,9 @@ def test_a_suite_with_different_numbers_of_samples_takes_the_smallest_for_pass_a
 def test_a_program_is_found(text: str, is_completion: bool, whole: str | None) -> None:
     question = Question("t", "", "", "{}", "code", before="def f():\n")
     assert program(Output(question, 0, "", text, "stop", is_completion=is_completion)) == whole
+    if not is_completion:
+        reasoned = "</think>" in text
+        assert program(Output(question, 0, "<think>\n", text, "stop")) == (whole if reasoned else None)
 
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")

@@ -122,6 +122,35 @@ def test_the_cold_start_rewrites_checks_again_and_counts(tmp_path: Path, setting
     assert manifest["first_person"]["after"] == {"I": 5, "we": 0, "share": 1.0}
 
 
+def test_rows_of_people_come_first_and_the_sources_share_the_rest(tmp_path: Path, settings: Any) -> None:
+    """Each source has per_prompt of its own, people have no limit, and of two equal rows theirs stays."""
+    written = [
+        {"id": n, "question": "1 + 1", "response": f"<think>I {verb}</think>\\boxed{{2}}", "answer": "2"}
+        for n, verb in enumerate(("add", "count", "try 1 + 1"))
+    ]
+    (tmp_path / "direct.txt").write_text("Think: {question}<think>\n")
+    config = ColdStart(
+        **settings, sources=("direct", "r1_zero", "human"), human=write(tmp_path / "people.jsonl", *written),
+        direct=str(tmp_path / "direct.txt"), rewriting="rules", template="tiny_chat", per_prompt=1, size=7,
+    )  # fmt: skip
+
+    def text(prompt: Prompt, index: int) -> str:
+        if prompt.text.endswith("<think>\n"):
+            return f"I am asked {prompt.question}\n</think>\n\n\\boxed{{{prompt.answer}}}"
+        return answer(prompt, index)
+
+    sample(config, text)
+    assert r1mega_data(config, tmp_path) == 0
+    rows = read(tmp_path / "out/data.jsonl")
+    assert [(row["lineage"]["source"], row["question"]) for row in rows] == [
+        *[("human", "1 + 1")] * 3,
+        ("direct", "0 + 0"), ("direct", "1 + 1"),
+        ("r1_zero", "0 + 0"), ("r1_zero", "2 + 2"),
+    ]  # fmt: skip
+    dropped = json.loads((tmp_path / "out/manifest.json").read_text())["dropped"]
+    assert (dropped["duplicate"], dropped["size"], dropped["per_prompt"]) == (1, 5, 5)
+
+
 def test_a_rewriting_that_changes_the_answer_is_dropped(tmp_path: Path, settings: Any) -> None:
     def rewrite(request: Any) -> Any:
         right = "4" if "2 + 2" in request.text else "5"

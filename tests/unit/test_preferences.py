@@ -18,12 +18,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sft_rows import chat_tokenizer
 
-from r1mega.config import ConfigError, DataConfig, RewardModelConfig, RunConfig, SFTConfig
+from r1mega.config import (
+    ConfigError,
+    DataConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTConfig,
+)
+from r1mega.data.chat import template
 from r1mega.data.generated_preferences import RUDE, SECRETS, labelled_rows, pair_rows
 from r1mega.data.preferences import Encoder, part_read, question_of, read_preferences
 from r1mega.data.score_packing import pack_preferences, pack_whole
 from r1mega.overrides import load
+from r1mega.rewards.scoring import Scorer
+from r1mega.samples import Prompt, Reward, Rollout
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("R1MEGA_SHARED", ROOT.parent / "shared"))
@@ -36,8 +47,8 @@ class Characters:
 
     eos_token_id = EOS
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) + 10 for c in text]}
+    def __call__(self, texts: list[str], add_special_tokens: bool, **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) + 10 for c in text] for text in texts]}
 
 
 def decode(ids: tuple[int, ...]) -> str:
@@ -89,6 +100,52 @@ def test_a_text_is_the_question_in_its_template_the_part_read_and_the_end():
     ids = Encoder(Characters(), "tiny_zero", "summary")("1+1", "<think>hm</think> 2")
     assert ids is not None
     assert decode(ids) == "Q:1+1=?A:2"
+
+
+@pytest.mark.parametrize("reads", ["summary", "response"])
+@pytest.mark.parametrize("name", ["r1", "r1_zero"])
+def test_a_reward_model_reads_the_same_tokens_in_training_as_in_rl(name, reads, tmp_path):
+    """Rows hold whole responses; a policy writes what its template has not opened."""
+    tokenizer, shape = chat_tokenizer(), template(name)
+    written = [
+        shape.response("I ask", "please"),
+        "<think>\nI ask</think>please",
+        "<think>\nnever done",
+        shape.response("", "at once") if shape.opened else "at once",
+    ]
+    rows = [{"prompt": f" why {n}?", "response": text, "safe": True} for n, text in enumerate(written)]
+    path = write(tmp_path / "labels.jsonl", [*rows, {"prompt": "held", "response": "out", "safe": True}])
+    kind, data = RewardModelConfig("pointwise", reads), DataConfig(path=path, template=name, eval_size=1)
+    trained = {
+        item.id: item.sequences[0]
+        for item in read_preferences(data, kind, tokenizer, seed=1, max_length=999).train
+    }
+
+    class Asked(Lengths):
+        async def call(self, method: str, sequences: list[tuple[int, ...]]) -> list[list[float]]:
+            self.sequences = sequences
+            return await super().call(method, sequences)
+
+    from r1mega.stages.reward_server import RewardClient
+
+    async def in_rl(rollout: Rollout, model: Any) -> Reward:
+        async with Scorer(RewardConfig(weights={"safety": 1.0}), models={"safety": model}) as scorer:
+            return await scorer.score(rollout)
+
+    for number, row in enumerate(rows):
+        group = Asked()
+        model = RewardClient(group, Encoder(tokenizer, name, reads), 999)  # type: ignore[arg-type]
+        prompt = Prompt("p", row["prompt"], "", "safety", shape(row["prompt"]), (1,))
+        rollout = Rollout(prompt, 0, (), (), shape.completion(row["response"]), "stop", 0)
+        reward = asyncio.run(in_rl(rollout, model))
+        ids = trained.get(f"labels.jsonl:{number + 1}")
+        if reads == "summary" and number == 2:
+            assert (ids, reward.total, reward.verdicts) == (None, 0.0, {"safety": "no_summary"})
+            continue
+        assert group.sequences == [ids]
+        assert ids.count(tokenizer.bos_token_id) == 1
+        thoughts = tokenizer.decode(ids).split("why")[1].count("<think>")
+        assert thoughts == (shape.opened or (reads == "response" and number < 3))
 
 
 def test_a_tokenizer_without_an_end_is_refused():

@@ -11,6 +11,7 @@ import pytest
 from scripted_endpoint import ScriptedEndpoint, in_turn, judge_config, verdict
 
 from r1mega.config import ConfigError, JudgeConfig, RewardConfig
+from r1mega.data.preferences import part_read
 from r1mega.rewards.scoring import Scorer
 from r1mega.samples import Prompt, Reward, Rollout
 from r1mega.stages.preflight import check_references
@@ -31,8 +32,9 @@ def rollout(
     finish: str = "stop",
     tokens: int = 10,
     limit: int = 100,
+    opening: str = "",
 ) -> Rollout:
-    prompt = Prompt("p", question, answer, task, question, (1,))
+    prompt = Prompt("p", question, answer, task, f"{question}{opening}", (1,))
     return Rollout(prompt, 0, (4,) * tokens, (-0.1,) * tokens, text, finish, 0, limit)
 
 
@@ -156,6 +158,23 @@ def test_a_reward_model_reads_question_and_response_and_its_score_is_bounded() -
     assert values == sorted(values)
     assert 0 <= values[0] < values[-1] <= 1
     assert outcome(item, "safety", models={"safety": Constant(None)}) == (0.0, "no_summary")
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>"])
+def test_a_chain_that_the_prompt_opened_and_nobody_closed_is_no_summary_and_no_answer(opening: str) -> None:
+    model = Constant(0.0)
+    for task in ("math", "choice", "logic", "code"):
+        item = rollout(
+            "I work slowly: \\boxed{7}\n```python\nx\n```", task=task, answer=TESTS, opening=opening
+        )
+        assert scored(item, "accuracy").total == 0.0
+    item = rollout("I work slowly and never stop thinking", task="chat", opening=opening)
+    assert scored(item, "helpful", models={"helpful": model}).total == 0.5
+    ((_, read),) = model.asked
+    assert part_read(read, "summary") is None
+    assert part_read(read, "response") == read == f"{opening}{item.response_text}"
+    closed = rollout("I add.\n</think>\n\n\\boxed{7}", opening=opening)
+    assert outcome(closed, "accuracy") == (1.0, "equal")
 
 
 def test_the_judges_word_is_the_reward() -> None:
