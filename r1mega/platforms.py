@@ -138,6 +138,14 @@ def stream_event() -> Any:
     return torch.cuda.Event() if has_streams() else _Event()
 
 
+def keep_for_this_stream(*tensors: Tensor) -> None:
+    """The memory of tensors made on another stream is not given away before the current stream has done with them, also
+    where they are dropped earlier; nothing on a CPU."""
+    if has_streams():
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.current_stream())
+
+
 class DuplicatedLinear(torch.nn.Module):
     """A linear layer whole on every tensor rank: MLA's down-projections, where Transformer Engine is missing.
 

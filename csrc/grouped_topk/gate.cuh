@@ -29,6 +29,7 @@ struct Forward {
   Count* chosen;            // [S, E]
   Count* share;             // [S, E], multiples of 2^-40
   int64_t tokens;
+  int64_t sequences;
   int64_t max_replicas;
   int top_k;
   int num_groups;
@@ -45,6 +46,7 @@ struct Backward {
   const int64_t* sequence;   // [T]
   float* grad_logits;        // [T, E]
   int64_t tokens;
+  int64_t sequences;
   int top_k;
   float scale;
   bool normalise;
@@ -58,7 +60,19 @@ __device__ __forceinline__ int ordered(float value) {
 
 __device__ __forceinline__ float unordered(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
 
+// Whether a given index is one of `count`. What is out of range must not become an address: __init__.py says what it gives.
+__device__ __forceinline__ bool exists(int64_t index, int64_t count) { return index >= 0 && index < count; }
+
+__device__ __forceinline__ int expert_of(int64_t given, int experts) {
+  return exists(given, experts) ? static_cast<int>(given) : -1;
+}
+
 __device__ __forceinline__ float sigmoid(float logit) { return 1.0f / (1.0f + expf(-logit)); }
+
+// NaN of an expert that does not exist.
+__device__ __forceinline__ float score_of(const float* row, int expert) {
+  return expert < 0 ? __int_as_float(0x7fc00000) : sigmoid(row[expert]);
+}
 
 __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
@@ -168,11 +182,12 @@ __device__ void forward_warp(const Forward& a, int64_t warp, int lane) {
   int64_t current = a.sequence ? a.sequence[start] : 0;  // the sequence whose tokens chosen and share are sums over
 
   const auto add_statistics = [&] {
-    add_to<kPerLane>(a.chosen + current * kExperts, lane, chosen);
+    const bool there = exists(current, a.sequences);
+    if (there) add_to<kPerLane>(a.chosen + current * kExperts, lane, chosen);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       const Count fixed = static_cast<Count>(static_cast<long long>(share[j] * kFixedPoint));
-      atomicAdd(a.share + current * kExperts + lane * kPerLane + j, fixed);
+      if (there) atomicAdd(a.share + current * kExperts + lane * kPerLane + j, fixed);
       chosen[j] = 0, share[j] = 0.0f;
     }
   };
@@ -189,7 +204,7 @@ __device__ void forward_warp(const Forward& a, int64_t warp, int lane) {
       for (int j = 0; j < kPerLane; ++j) scores[j] = sigmoid(scores[j]);
     }
     if (a.replay) {
-      expert = chooser ? static_cast<int>(a.replay[token * a.top_k + lane]) : 0;
+      expert = chooser ? expert_of(a.replay[token * a.top_k + lane], kExperts) : 0;
       for (int i = 0; i < a.top_k; ++i) {
         const int given = __shfl_sync(kWarp, expert, i);
 #pragma unroll
@@ -201,13 +216,13 @@ __device__ void forward_warp(const Forward& a, int64_t warp, int lane) {
       if (a.kept_groups < a.num_groups) keep_best_groups<kPerLane>(keys, lane, a.num_groups, a.kept_groups);
       expert = choose<kPerLane>(keys, lane, a.top_k, load, counts);
     }
-    float weight = chooser ? sigmoid(row[expert]) : 0.0f;  // the row is in the cache
+    float weight = chooser ? score_of(row, expert) : 0.0f;  // the row is in the cache
     if (a.normalise) weight /= sum_over_warp(weight) + kTiny;
     if (chooser) {
       const int64_t place = token * a.top_k + lane;
       a.weight[place] = weight * a.scale;
       if (!a.replay) a.expert[place] = expert;
-      if (a.table) a.slot[place] = a.table[expert * a.max_replicas + token % a.count[expert]];
+      if (a.table) a.slot[place] = expert < 0 ? -1 : a.table[expert * a.max_replicas + token % a.count[expert]];
     }
     if (a.sequence) {
       if (a.sequence[token] != current) {
@@ -233,8 +248,8 @@ __device__ void backward_warp(const Backward& a, int64_t token, int lane) {
   if (token >= a.tokens) return;  // all lanes alike
   const float* row = a.logits + token * kExperts;
   const bool chooser = lane < a.top_k;
-  const int expert = chooser ? static_cast<int>(a.expert[token * a.top_k + lane]) : 0;
-  const float score = chooser ? sigmoid(row[expert]) : 0.0f;
+  const int expert = chooser ? expert_of(a.expert[token * a.top_k + lane], kExperts) : 0;
+  const float score = chooser ? score_of(row, expert) : 0.0f;
   float gradient = chooser ? a.grad_weight[token * a.top_k + lane] : 0.0f;
   if (a.normalise) {
     const float total = sum_over_warp(score) + kTiny;
@@ -243,7 +258,7 @@ __device__ void backward_warp(const Backward& a, int64_t token, int lane) {
   gradient *= a.scale * score * (1.0f - score);
 
   float out[kPerLane] = {};
-  if (a.sequence) {
+  if (a.sequence && exists(a.sequence[token], a.sequences)) {
     const float* grad_share = a.grad_share + a.sequence[token] * kExperts;
     float scores[kPerLane], total = 0.0f, mean = 0.0f;
     load_row<kPerLane>(row, lane, scores);

@@ -46,6 +46,10 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+void check_aligned(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, name, " does not start on 16 bytes");
+}
+
 void check(const Tensor& logits, int64_t top_k) {
   const int64_t experts = logits.size(1);
   STD_TORCH_CHECK(experts == 32 || experts == 64 || experts == 128 || experts == 256 || experts == 512,
@@ -53,7 +57,7 @@ void check(const Tensor& logits, int64_t top_k) {
   STD_TORCH_CHECK(top_k <= 32, "grouped_topk takes at most the top 32, not ", top_k);
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous(),
                   "grouped_topk takes contiguous float32 logits");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(logits.data_ptr()) % 16 == 0, "logits do not start on 16 bytes");
+  check_aligned("logits", logits);
 }
 
 // Calls launch(std::integral_constant<int, experts per lane>) with the device and stream of `logits`.
@@ -85,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     double scale, const MaybeTensor& counted, const MaybeTensor& sequence, int64_t num_sequences,
     const MaybeTensor& replay, const MaybeTensor& table, const MaybeTensor& count) {
   check(logits, top_k);
+  check_aligned("bias", bias);
   STD_TORCH_CHECK(num_groups <= 32 && 32 % num_groups == 0, "grouped_topk takes 1, 2, 4 ... 32 groups, not ", num_groups);
   const int64_t tokens = logits.size(0), experts = logits.size(1), rows = sequence ? num_sequences : 0;
   const auto index = ScalarType::Long;
@@ -100,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
         pointer<int64_t>(sequence), pointer<int64_t>(replay),  pointer<int64_t>(table),
         pointer<int64_t>(count),    pointer<float>(weight),    pointer<int64_t>(expert),
         pointer<int64_t>(slot),     pointer<Count>(load),      pointer<Count>(chosen),
-        pointer<Count>(share),      tokens,                    table ? table->size(1) : 0,
+        pointer<Count>(share),      tokens,                    rows,
+        table ? table->size(1) : 0,
         static_cast<int>(top_k),    static_cast<int>(num_groups), static_cast<int>(kept_groups),
         static_cast<float>(scale),  normalise};
     on_device_of(logits, [&](auto per_lane, cudaStream_t stream) {
@@ -113,13 +119,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 Tensor backward(const Tensor& grad_weight, const MaybeTensor& grad_share, const Tensor& logits, const Tensor& expert,
                 const MaybeTensor& sequence, bool normalise, double scale) {
   check(logits, expert.size(1));
+  if (grad_share) check_aligned("grad_share", *grad_share);
   const int64_t tokens = logits.size(0);
   Tensor grad_logits = torch::stable::empty_like(logits);
   if (tokens > 0) {
     const Backward arguments{
         pointer<float>(grad_weight), pointer<float>(grad_share),    pointer<float>(logits),
         pointer<int64_t>(expert),    pointer<int64_t>(sequence),    pointer<float>(grad_logits),
-        tokens,                      static_cast<int>(expert.size(1)), static_cast<float>(scale),
+        tokens,                      grad_share ? grad_share->size(0) : 0,
+        static_cast<int>(expert.size(1)), static_cast<float>(scale),
         normalise};
     on_device_of(logits, [&](auto per_lane, cudaStream_t stream) {
       backward_kernel<per_lane><<<blocks(tokens, 1), 32 * kWarpsPerBlock, 0, stream>>>(arguments);

@@ -71,8 +71,8 @@ class Compiled:
     shared_bytes: int
 
 
-def compile_for_sm90(specification: AheadOfTime) -> Compiled:
-    """Raises AssertionError when the code lacks wgmma where it needs it, spills, or wants too much memory."""
+def binary_of(specification: AheadOfTime) -> Any:
+    """Triton's result for sm_90: `asm` holds "ptx" and "cubin"."""
     names, options = specification.kernel.arg_names, specification.parameters
     source = ASTSource(
         specification.kernel,
@@ -80,10 +80,15 @@ def compile_for_sm90(specification: AheadOfTime) -> Compiled:
         constexprs=specification.constants | {name: options[name] for name in options if name in names},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specification.divisible_by_16},
     )
-    start = time.perf_counter()
-    binary = triton.compile(
+    return triton.compile(
         source, target=SM90, options={name: options[name] for name in options if name not in names}
     )
+
+
+def compile_for_sm90(specification: AheadOfTime) -> Compiled:
+    """Raises AssertionError when the code lacks wgmma where it needs it, spills, or wants too much memory."""
+    start = time.perf_counter()
+    binary = binary_of(specification)
     seconds = time.perf_counter() - start
     registers, stack_bytes = _resource_usage(binary.asm["cubin"])
     compiled = Compiled(

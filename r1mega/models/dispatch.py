@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
+from r1mega import platforms
 from r1mega_kernels.fp8_block import dequantize_rows
 from r1mega_kernels.moe_permute import (
     Permutation,
@@ -108,6 +109,7 @@ class _Dispatched(torch.autograd.Function):
         leaving: Any,
     ) -> Tensor:
         ctx.way_back = group, leaving, arriving
+        platforms.keep_for_this_stream(rows_ND, scale_NQ)  # overlapped, this is not the stream that made them
         bytes_ND = all_to_all(group, rows_ND.view(torch.uint8), arriving, leaving)
         scale_NQ = all_to_all(group, scale_NQ, arriving, leaving)
         return dequantize_rows(bytes_ND.view(rows_ND.dtype), scale_NQ, stand_in_ND.dtype)

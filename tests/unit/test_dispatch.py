@@ -66,6 +66,30 @@ def test_fp8_dispatch_is_alltoall_of_rounded_tokens_bit_for_bit(dtype: str) -> N
     assert not torch.equal(own["logprobs"], unrounded["logprobs"])
 
 
+def test_fp8_rows_and_scales_are_kept_for_the_stream_that_sends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overlapped, that is another stream than made them, and they are dropped while it may still read them."""
+    from r1mega import platforms
+    from r1mega.models import dispatch
+    from r1mega_kernels.fp8_block import quantize_rows
+
+    events: list[tuple[int, str]] = []
+    monkeypatch.setattr(platforms, "has_streams", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "kept for this stream")
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda x, stream: events.append((x.data_ptr(), stream))
+    )
+
+    def send(group, x, *splits):
+        events.append((x.data_ptr(), "sent"))
+        return x
+
+    monkeypatch.setattr(dispatch, "all_to_all", send)
+    rows_ND, scale_NQ = quantize_rows(torch.randn(5, 300))
+    dispatch._Dispatched.apply(torch.zeros(5, 300), rows_ND, scale_NQ, None, None, None)
+    both = rows_ND.data_ptr(), scale_NQ.data_ptr()
+    assert events == [(x, what) for what in ("kept for this stream", "sent") for x in both]
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_each_operation_is_megatrons_bit_for_bit(weighted: bool) -> None:
     from megatron.core.transformer.moe import moe_utils

@@ -40,7 +40,7 @@ def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """weight_OI float32 or bfloat16 -> (values_OI float8_e4m3fn, scale_PQ float32: a checkpoint's weight_scale_inv).
 
     Raises ValueError for another dtype, shape or layout, and on CPU for NaN and infinity (on a GPU that check would
-    wait for the device: there the block's scale is then not finite).
+    wait for the device: there the block's scale is then infinite).
     """
     return _quantize(weight_OI, BLOCK)
 

@@ -40,6 +40,19 @@ def test_dequantised_values_are_those_of_the_definition(shape, block_rows):
     assert torch.equal(out_OI, dequantize_reference(values_OI, scale_PQ, block_rows, torch.float32))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("block_rows", [128, 1])
+def test_what_fp8_cannot_hold_leaves_its_block_without_a_finite_scale(bad, block_rows):
+    matrix_OI = torch.randn(130, 257)
+    matrix_OI[129, 3] = bad
+    _, scale_PQ = quantize_reference(matrix_OI, block_rows)
+    own_PQ = torch.empty_like(scale_PQ)
+    kernel.quantize(matrix_OI, torch.empty_like(matrix_OI), own_PQ, block_rows)
+    assert not own_PQ[-1, 0].isfinite()
+    own_PQ[-1, 0] = scale_PQ[-1, 0] = 0.0
+    assert torch.equal(own_PQ, scale_PQ)
+
+
 @pytest.mark.parametrize("blocks", kernel.OF_WEIGHTS.candidates + kernel.OF_ROWS.candidates, ids=str)
 def test_every_candidate_gives_the_definition(blocks):
     tunable, rows = (

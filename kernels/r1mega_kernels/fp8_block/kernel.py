@@ -58,6 +58,12 @@ def _launch(kernel: object, matrix_OI: Tensor, values_OI: Tensor, scale_PQ: Tens
 
 
 @triton.jit
+def magnitude(x):
+    """|x|; NaN counts as infinity, because a GPU's maximum passes over NaN."""
+    return tl.where(x != x, float("inf"), tl.abs(x))
+
+
+@triton.jit
 def scale_of(amax, LARGEST: tl.constexpr, SMALLEST_AMAX: tl.constexpr):
     return tl.div_rn(tl.maximum(amax, SMALLEST_AMAX), tl.full(amax.shape, LARGEST, tl.float32))
 
@@ -74,7 +80,7 @@ def quantize_kernel(
     at = rows_R[:, None].to(tl.int64) * num_columns + columns_C[None, :]
     inside = (rows_R[:, None] < num_rows) & (columns_C[None, :] < num_columns)
     x = tl.load(matrix + at, mask=inside, other=0.0).to(tl.float32)
-    amax_R = tl.max(tl.abs(x), axis=1)
+    amax_R = tl.max(magnitude(x), axis=1)
     if BLOCK_ROWS > 1:
         amax_R = tl.zeros((ROWS,), tl.float32) + tl.max(amax_R, axis=0)
     scale_R = scale_of(amax_R, LARGEST, SMALLEST_AMAX)

@@ -208,6 +208,34 @@ def test_triton_kernels_match_the_reference_in_the_interpreter(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_compiled_quantisation_looks_at_every_value_for_nan():
+    """A GPU's max.f32 passes over NaN, so that each value that a thread holds is compared with itself."""
+    pytest.importorskip("triton")
+    from r1mega_kernels.aot import binary_of
+    from r1mega_kernels.fp8_block.kernel import ahead_of_time as of_blocks
+    from r1mega_kernels.moe_permute.kernel import ahead_of_time as of_tokens
+
+    names = (".quantize_kernel", ".permute_fp8_kernel")
+    found = [spec for spec in of_blocks() + of_tokens() if any(name in spec.name for name in names)]
+    assert len(found) == 6
+    for spec in found:
+        values = spec.parameters["ROWS"] * 128 if "ROWS" in spec.parameters else spec.parameters["HIDDEN"]
+        ptx = binary_of(spec).asm["ptx"]
+        assert ptx.count("setp.nan") >= values // (32 * spec.parameters["num_warps"]), spec.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_leaves_no_finite_scale_where_fp8_cannot_hold_a_value(bad, dtype):
+    x = torch.ones(130, 130, dtype=dtype, device="cuda")
+    x[129, 129] = bad
+    for quantize in (quantize_weight, quantize_rows):
+        finite = quantize(x)[1].isfinite()
+        assert not finite[-1, -1]
+        assert finite.sum() == finite.numel() - 1
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; fp8 rounding is wrong in the interpreter"
 )

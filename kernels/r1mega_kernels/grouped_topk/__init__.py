@@ -76,7 +76,9 @@ def grouped_topk(
     replicas: token t goes to replica t mod count of its expert.
 
     Results are deterministic: sums over tokens are of integers wherever their order is open.
-    Raises ValueError for what cannot be; indices out of range are found on CPU only (on a GPU that would wait for the device).
+    Raises ValueError for what cannot be. Indices out of range are found on CPU only (a GPU would have to wait); there a token
+    with an expert in replay_TK that does not exist gets NaN for weights (NaN for this expert's alone where they are not
+    normalised), this expert is counted nowhere and its slot is -1; a token with a sequence that does not exist is in none.
     """
     _check_settings(logits_TE, top_k, num_groups, kept_groups, scale)
     _check_tensors(logits_TE, bias_E, top_k, counted_T, sequence_T, num_sequences, replay_TK, replicas)
@@ -106,7 +108,7 @@ def _forward(
     count_E: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Routing's tensors; expert_TK is empty where it was given, slot_TK where there are no replicas."""
-    return _implementation(logits_TE, num_groups, top_k).forward(
+    return _implementation(logits_TE, num_groups, top_k, bias_E).forward(
         logits_TE,
         bias_E,
         top_k,
@@ -155,7 +157,7 @@ def _backward(
     scale: float,
 ) -> Tensor:
     """The gradient of the logits. grad_share_SE and sequence_T: both or neither."""
-    return _implementation(logits_TE, 1, expert_TK.shape[1]).backward(
+    return _implementation(logits_TE, 1, expert_TK.shape[1], grad_share_SE).backward(
         grad_weight_TK, grad_share_SE, logits_TE, expert_TK, sequence_T, normalise, scale
     )
 
@@ -196,12 +198,15 @@ def _gradient(ctx: Any, grad_weight_TK: Tensor | None, *others: Tensor | None) -
 _forward.register_autograd(_gradient, setup_context=_keep)
 
 
-def _implementation(logits_TE: Tensor, num_groups: int, top_k: int) -> ModuleType:
+def _implementation(logits_TE: Tensor, num_groups: int, top_k: int, read: Tensor | None) -> ModuleType:
+    """read: what is read beside the logits in rows of E."""
     if logits_TE.device.type == "cpu":
         return reference
     from r1mega_kernels.grouped_topk import cuda
 
-    if cuda.is_faster_on(logits_TE.device, logits_TE.shape[1]) and cuda.takes(logits_TE, num_groups, top_k):
+    if cuda.is_faster_on(logits_TE.device, logits_TE.shape[1]) and cuda.takes(
+        logits_TE, num_groups, top_k, read
+    ):
         return cuda
     from r1mega_kernels.grouped_topk import kernel  # Triton is absent where there is no GPU
 

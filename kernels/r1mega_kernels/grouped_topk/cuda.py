@@ -25,9 +25,11 @@ def is_faster_on(device: torch.device, num_experts: int) -> bool:
     return IMPLEMENTATION.on(device, shape_class(E=num_experts))["implementation"] == "cuda" and load()
 
 
-def takes(logits_TE: Tensor, num_groups: int, top_k: int) -> bool:
+def takes(logits_TE: Tensor, num_groups: int, top_k: int, read: Tensor | None = None) -> bool:
+    """Also whether the logits, and what else is read in rows of E (the bias, or grad_share), start on 16 bytes."""
     powers = logits_TE.shape[1] in (32, 64, 128, 256, 512) and num_groups in (1, 2, 4, 8, 16, 32)
-    return powers and top_k <= 32 and logits_TE.data_ptr() % 16 == 0
+    aligned = all(rows.data_ptr() % 16 == 0 for rows in (logits_TE, read) if rows is not None)
+    return powers and top_k <= 32 and aligned
 
 
 @cache

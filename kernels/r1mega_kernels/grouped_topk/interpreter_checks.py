@@ -16,6 +16,7 @@ from torch import Tensor
 assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
 
 from r1mega_kernels.grouped_topk import kernel, reference  # noqa: E402
+from r1mega_kernels.grouped_topk.test_grouped_topk import assert_strangers_harm_nobody  # noqa: E402
 
 CASES = {  # T, E, K, groups, kept groups
     "DeepSeek-V3": (5, 256, 8, 8, 4),
@@ -83,6 +84,21 @@ def test_given_experts_take_the_place_of_the_choice(case):
     assert_alike(
         *both(torch.randn(num_tokens, num_experts), torch.randn(num_experts), case, replay_TK=replay_TK)
     )
+
+
+@pytest.mark.parametrize("case", [CASES["DeepSeek-V3"], CASES["groups of three"]])
+def test_experts_and_sequences_that_do_not_exist_harm_no_other(case):
+    def forward(logits_TE, sequence_T, replay_TK, table_ER, count_E):
+        optional = {
+            "sequence_T": sequence_T,
+            "replay_TK": replay_TK,
+            "table_ER": table_ER,
+            "count_E": count_E,
+        }
+        arguments: dict[str, Any] = {**NONE, **optional, "num_sequences": 5, "normalise": True, "scale": 2.5}
+        return kernel.forward(logits_TE, torch.zeros(case[1]), *case[2:], **arguments)
+
+    assert_strangers_harm_nobody(forward, lambda *tensors: kernel.backward(*tensors, True, 2.5), case)
 
 
 @pytest.mark.parametrize("logit", [0.0, -1000.0, 1000.0])

@@ -100,6 +100,7 @@ def forward(
                 num_tokens,
                 scale,
                 table_ER.shape[1] if table_ER is not None else 0,
+                num_sequences,
                 **columns(num_experts, num_groups),
                 KEPT=kept_groups,
                 K=top_k,
@@ -137,6 +138,7 @@ def backward(
                 grad_logits_TE,
                 num_tokens,
                 scale,
+                0 if grad_share_SE is None else len(grad_share_SE),
                 E=num_experts,
                 E_COLUMNS=triton.next_power_of_2(num_experts),
                 K=top_k,
@@ -202,12 +204,12 @@ def keep_best_groups(
 @triton.jit
 def forward_kernel(
     logits, bias, counted, sequence, replay, table, count, weight, expert, slot, load, chosen, share,
-    T, scale, R,
+    T, scale, R, S,
     E: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, J: tl.constexpr,
     KEPT: tl.constexpr, K: tl.constexpr, K_COLUMNS: tl.constexpr, NORMALISE: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """share int64: multiples of 2^-40."""
+    """share int64: multiples of 2^-40. What is given and out of range is no address: see grouped_topk."""
     C: tl.constexpr = G * J
     c = tl.arange(0, C)
     if SIZE == J:
@@ -248,20 +250,24 @@ def forward_kernel(
             tl.store(expert + chosen_at_TK, expert_TK, mask=in_TK)
         else:
             expert_TK = tl.load(replay + chosen_at_TK, mask=in_TK, other=0)
+            known_TK = (expert_TK >= 0) & (expert_TK < E)
             for i in tl.static_range(K):
                 at_T = tl.load(replay + far_T * K + i, mask=in_T, other=-1)
                 hit_TC += (expert_C[None, :] == at_T[:, None]).to(tl.int32)
             hit_TC = tl.where(real_C[None, :], hit_TC, 0)
 
-        logit_TK = tl.load(logits + far_T[:, None] * E + expert_TK, mask=in_TK, other=float("-inf"))
+        there_TK = in_TK if replay is None else in_TK & known_TK
+        logit_TK = tl.load(logits + far_T[:, None] * E + expert_TK, mask=there_TK, other=float("-inf"))
+        if replay is not None:
+            logit_TK = tl.where(known_TK, logit_TK, float("nan"))
         weight_TK = 1.0 / (1.0 + tl.exp(-logit_TK))
         if NORMALISE:
             weight_TK = weight_TK / (tl.sum(weight_TK, axis=1) + TINY)[:, None]
         tl.store(weight + chosen_at_TK, weight_TK * scale, mask=in_TK)
 
         if table is not None:
-            count_TK = tl.load(count + expert_TK, mask=in_TK, other=1)
-            slot_TK = tl.load(table + expert_TK * R + far_T[:, None] % count_TK, mask=in_TK, other=0)
+            count_TK = tl.load(count + expert_TK, mask=there_TK, other=1)
+            slot_TK = tl.load(table + expert_TK * R + far_T[:, None] % count_TK, mask=there_TK, other=-1)
             tl.store(slot + chosen_at_TK, slot_TK, mask=in_TK)
 
         if counted is None:
@@ -280,10 +286,12 @@ def forward_kernel(
                 at_TC = c[None, :] == place_T[:, None]
                 key_TC = tl.where(at_TC, LEAST, key_TC)
                 hit_TC += at_TC.to(tl.int32)
-            sequence_T = tl.load(sequence + row_T, mask=in_T, other=-1).to(tl.int32)
+            sequence_T = tl.load(sequence + row_T, mask=in_T, other=-1)
+            counts_T = (sequence_T >= 0) & (sequence_T < S)
+            sequence_T = tl.where(counts_T, sequence_T, -1).to(tl.int32)
             # one turn of the loop where all tokens of the tile are of one sequence, as most are
             last = tl.max(sequence_T, axis=0)
-            s = tl.min(tl.where(in_T, sequence_T, 2147483647), axis=0)
+            s = tl.min(tl.where(counts_T, sequence_T, 2147483647), axis=0)
             while s <= last:
                 mine_T = sequence_T == s
                 tile_chosen_C = tl.sum(tl.where(mine_T[:, None], hit_TC, 0), axis=0)
@@ -316,7 +324,7 @@ def add_statistics(chosen, share, current, chosen_C, share_C, expert_C, real_C, 
 
 @triton.jit
 def backward_kernel(
-    grad_weight, grad_share, logits, expert, sequence, grad_logits, T, scale,
+    grad_weight, grad_share, logits, expert, sequence, grad_logits, T, scale, S,
     E: tl.constexpr, E_COLUMNS: tl.constexpr, K: tl.constexpr, K_COLUMNS: tl.constexpr,
     NORMALISE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -329,8 +337,11 @@ def backward_kernel(
     in_TK = in_T[:, None] & (k < K)
     at_TK = row_T.to(tl.int64)[:, None] * K + k
     expert_TK = tl.load(expert + at_TK, mask=in_TK, other=0)
+    known_TK = (expert_TK >= 0) & (expert_TK < E)
+    there_TK = in_TK & known_TK
     grad_TK = tl.load(grad_weight + at_TK, mask=in_TK, other=0.0)
-    score_TK = 1.0 / (1.0 + tl.exp(-tl.load(logits + start_T1 + expert_TK, mask=in_TK, other=float("-inf"))))
+    logit_TK = tl.load(logits + start_T1 + expert_TK, mask=there_TK, other=float("-inf"))
+    score_TK = 1.0 / (1.0 + tl.exp(-tl.where(known_TK, logit_TK, float("nan"))))
     if NORMALISE:
         sum_T1 = (tl.sum(score_TK, axis=1) + TINY)[:, None]
         grad_TK = (grad_TK - tl.sum(grad_TK * score_TK, axis=1)[:, None] / sum_T1) / sum_T1
@@ -338,17 +349,20 @@ def backward_kernel(
     if sequence is None:
         grad_TE = tl.zeros((ROWS, E_COLUMNS), dtype=tl.float32)
     else:
-        share_at_T1 = (tl.load(sequence + row_T, mask=in_T, other=0) * E)[:, None]
+        sequence_T = tl.load(sequence + row_T, mask=in_T, other=-1)
+        counts_T1 = ((sequence_T >= 0) & (sequence_T < S))[:, None]
+        share_at_T1 = (sequence_T * E)[:, None]
         score_TE = tl.load(logits + start_T1 + e, mask=in_TE, other=float("-inf"))
         score_TE = 1.0 / (1.0 + tl.exp(-score_TE))
-        grad_TE = tl.load(grad_share + share_at_T1 + e, mask=in_TE, other=0.0)
+        grad_TE = tl.load(grad_share + share_at_T1 + e, mask=in_TE & counts_T1, other=0.0)
         total_T1 = (tl.sum(score_TE, axis=1) + TINY)[:, None]
         mean_T1 = tl.sum(grad_TE * score_TE, axis=1)[:, None] / total_T1
         grad_TE = (grad_TE - mean_T1) / total_T1 * score_TE * (1.0 - score_TE)
-        grad_TK += (tl.load(grad_share + share_at_T1 + expert_TK, mask=in_TK, other=0.0) - mean_T1) / total_T1
+        share_TK = tl.load(grad_share + share_at_T1 + expert_TK, mask=there_TK & counts_T1, other=0.0)
+        grad_TK += (share_TK - mean_T1) / total_T1
     tl.store(grad_logits + start_T1 + e, grad_TE, mask=in_TE)
     tl.debug_barrier()  # the next store goes over this one
-    tl.store(grad_logits + start_T1 + expert_TK, grad_TK * score_TK * (1.0 - score_TK), mask=in_TK)
+    tl.store(grad_logits + start_T1 + expert_TK, grad_TK * score_TK * (1.0 - score_TK), mask=there_TK)
 
 
 def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
@@ -371,7 +385,7 @@ def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
             AheadOfTime(
                 name=f"grouped_topk.forward_kernel[{name}]",
                 kernel=forward_kernel,
-                types=pointers | {"T": "i32", "scale": "fp32", "R": "i32"},
+                types=pointers | {"T": "i32", "scale": "fp32", "R": "i32", "S": "i32"},
                 constants=sizes | absent | {"NORMALISE": True},
                 parameters=parameters,
                 divisible_by_16=tuple(pointers),
@@ -390,7 +404,7 @@ def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
             AheadOfTime(
                 name=f"grouped_topk.backward_kernel[{name}]",
                 kernel=backward_kernel,
-                types=pointers | {"T": "i32", "scale": "fp32"},
+                types=pointers | {"T": "i32", "scale": "fp32", "S": "i32"},
                 constants=shape | dict.fromkeys(shares.keys() - more.keys()),
                 parameters=parameters,
                 divisible_by_16=tuple(pointers),

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,8 @@ class Forward(ctypes.Structure):
             "logits", "bias", "counted", "sequence", "replay", "table", "count",
             "weight", "expert", "slot", "load", "chosen", "share",
         )),
-        ("tokens", ctypes.c_int64), ("max_replicas", ctypes.c_int64), ("top_k", ctypes.c_int),
+        ("tokens", ctypes.c_int64), ("sequences", ctypes.c_int64), ("max_replicas", ctypes.c_int64),
+        ("top_k", ctypes.c_int),
         ("num_groups", ctypes.c_int), ("kept_groups", ctypes.c_int), ("scale", ctypes.c_float),
         ("normalise", ctypes.c_bool),
     ]  # fmt: skip
@@ -349,7 +351,8 @@ class Backward(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "grad_weight", "grad_share", "logits", "expert", "sequence", "grad_logits",
         )),
-        ("tokens", ctypes.c_int64), ("top_k", ctypes.c_int), ("scale", ctypes.c_float),
+        ("tokens", ctypes.c_int64), ("sequences", ctypes.c_int64), ("top_k", ctypes.c_int),
+        ("scale", ctypes.c_float),
         ("normalise", ctypes.c_bool),
     ]  # fmt: skip
 
@@ -394,7 +397,7 @@ def of_warps(
     num_replicas = 0 if table_ER is None else table_ER.shape[1]
     inputs = (logits_TE, bias_E, counted_T, sequence_T, replay_TK, table_ER, count_E)
     arguments = Forward(
-        *map(pointer, (*inputs, *out)), num_tokens, num_replicas, top_k, num_groups, kept, 2.5, True
+        *map(pointer, (*inputs, *out)), num_tokens, rows, num_replicas, top_k, num_groups, kept, 2.5, True
     )  # fmt: skip
     library.forward(num_experts, ctypes.byref(arguments))
     out[5] = (out[5] * 2.0**-40).float()
@@ -434,6 +437,72 @@ def test_the_cuda_code_of_a_warp_matches_the_reference(case, inputs, warp):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
 
 
+def strangers(num_tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(replay_TK, sequence_T in [0, 5)) with what does not exist in tokens 0 to 4, and where that is."""
+    replay_TK = torch.rand(num_tokens, num_experts).argsort(dim=-1)[:, :top_k].contiguous()
+    sequence_T = torch.randint(0, 5, (num_tokens,)).sort().values
+    replay_TK[:3, 1] = torch.tensor([num_experts, -1, 2**32 + 1])
+    sequence_T[2:5] = torch.tensor([5, -1, 2**33])
+    known_TK = (replay_TK >= 0) & (replay_TK < num_experts)
+    return replay_TK, sequence_T, known_TK, (sequence_T >= 0) & (sequence_T < 5)
+
+
+def assert_strangers_harm_nobody(forward: Callable, backward: Callable, case: tuple[int, ...]) -> None:
+    """forward(logits_TE, sequence_T, replay_TK, table_ER, count_E), with five sequences; backward(grad_weight_TK,
+    grad_share_SE, logits_TE, replay_TK, sequence_T). Weights are normalised; scale 2.5."""
+    num_tokens, num_experts, top_k, num_groups, kept = case
+    replay_TK, sequence_T, known_TK, counts_T = strangers(num_tokens, num_experts, top_k)
+    logits_TE, good_T = torch.randn(num_tokens, num_experts), known_TK.all(dim=1)
+    replicas = (torch.randint(0, 99, (num_experts, 3)), torch.randint(1, 4, (num_experts,)))
+    tame_TK, tame_T = (
+        torch.where(known_TK, replay_TK, 0),
+        torch.where(counts_T, sequence_T, 5),
+    )  # a sixth sequence
+    own = forward(logits_TE, sequence_T, replay_TK, *replicas)
+    expected = reference.forward(
+        logits_TE, torch.zeros(num_experts), top_k, num_groups, kept, True, 2.5, None, tame_T, 6, tame_TK, *replicas
+    )  # fmt: skip
+    weight_TK, _, slot_TK, load_E, chosen_SE, share_SE = own
+    torch.testing.assert_close(weight_TK[good_T], expected[0][good_T], rtol=2e-6, atol=1e-6)
+    assert weight_TK[~good_T].isnan().all()
+    assert torch.equal(slot_TK, torch.where(known_TK, expected[2], -1))
+    assert torch.equal(load_E, replay_TK[known_TK].bincount(minlength=num_experts))
+    assert torch.equal(chosen_SE, expected[4][:5])
+    torch.testing.assert_close(share_SE, expected[5][:5], rtol=2e-6, atol=1e-6)
+
+    grad_TK, grad_SE = torch.randn(num_tokens, top_k), torch.randn(5, num_experts)
+    own_TE = backward(grad_TK, grad_SE, logits_TE, replay_TK, sequence_T)
+    grad_of_six_SE = torch.cat([grad_SE, torch.zeros(1, num_experts)]).double()
+    exact_TE = reference.backward(
+        grad_TK.double(), grad_of_six_SE, logits_TE.double(), tame_TK, tame_T, True, 2.5
+    )
+    torch.testing.assert_close(own_TE[good_T].double(), exact_TE[good_T], rtol=1e-5, atol=2e-6)
+    assert own_TE[~good_T].isnan().any(dim=1).all()
+
+
+@pytest.mark.parametrize("case", WARP_CASES.values(), ids=WARP_CASES)
+def test_experts_and_sequences_that_do_not_exist_harm_no_other_in_a_warp(case, warp):
+    def forward(logits_TE, sequence_T, replay_TK, *replicas):
+        bias_E, physical = torch.zeros(case[1]), Replicas(*replicas)
+        return of_warps(warp, logits_TE, bias_E, case, None, sequence_T, 5, replay_TK, physical)
+
+    def backward(*tensors):
+        own_TE = torch.full_like(tensors[2], math.nan)
+        arguments = Backward(*map(pointer, (*tensors, own_TE)), case[0], 5, case[2], 2.5, True)
+        warp.backward(case[1], ctypes.byref(arguments))
+        return own_TE
+
+    assert_strangers_harm_nobody(forward, backward, case)
+
+
+def test_cuda_takes_only_what_starts_on_16_bytes():
+    logits_TE, rows = torch.zeros(3, 256), torch.zeros(260)
+    assert cuda.takes(logits_TE, 8, 8)
+    assert cuda.takes(logits_TE, 8, 8, rows[4:])
+    assert not cuda.takes(logits_TE, 8, 8, rows[1:257])
+    assert not cuda.takes(torch.zeros(769)[1:].view(3, 256), 8, 8)
+
+
 @pytest.mark.parametrize("case", WARP_CASES.values(), ids=WARP_CASES)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_the_cuda_gradient_of_a_warp_matches_float64(case, normalise, warp):
@@ -445,7 +514,9 @@ def test_the_cuda_gradient_of_a_warp_matches_float64(case, normalise, warp):
     for share, sequence in ((grad_SE, sequence_T), (None, None)):
         own_TE = torch.full_like(logits_TE, math.nan)
         tensors = (grad_TK, share, logits_TE, expert_TK, sequence, own_TE)
-        arguments = Backward(*map(pointer, tensors), num_tokens, top_k, 2.5, normalise)
+        arguments = Backward(
+            *map(pointer, tensors), num_tokens, 0 if share is None else 3, top_k, 2.5, normalise
+        )
         warp.backward(num_experts, ctypes.byref(arguments))
         exact_TE = reference.backward(
             grad_TK.double(), None if share is None else share.double(), logits_TE.double(), expert_TK, sequence,

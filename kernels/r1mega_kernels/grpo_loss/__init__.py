@@ -57,7 +57,7 @@ def grpo_loss(
     """
     check_tensors(hidden_TD, weight_VD, targets_T)
     num_rows = columns_of(weight_VD, targets_T, temperature, group, vocab_start, vocab_size)
-    _check_tokens(tokens, targets_T, objective)
+    _check_tokens(tokens, hidden_TD, objective)
     wanted = torch.is_grad_enabled()
     needs = (wanted and hidden_TD.requires_grad, wanted and weight_VD.requires_grad)
     if main_grad_VD is not None:
@@ -143,17 +143,21 @@ def _check_unscaled(grad_loss: Tensor) -> None:
         )
 
 
-def _check_tokens(tokens: Tokens, targets_T: Tensor, objective: Objective) -> None:
+def _check_tokens(tokens: Tokens, hidden_TD: Tensor, objective: Objective) -> None:
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
     for name, values in vars(tokens).items():
         if values is None:
             continue
-        if values.shape != targets_T.shape or values.device != targets_T.device:
+        if values.shape != hidden_TD.shape[:1] or values.device != hidden_TD.device:
             raise ValueError(
                 f"tokens.{name} is {list(values.shape)} on {values.device}, "
-                f"targets {list(targets_T.shape)} on {targets_T.device}"
+                f"hidden {list(hidden_TD.shape)} on {hidden_TD.device}"
             )
-    if tokens.mask_T.dtype != torch.bool:
-        raise ValueError(f"tokens.mask_T is {tokens.mask_T.dtype}; it must be torch.bool")
+        wanted = torch.bool if name == "mask_T" else dtype
+        if values.dtype != wanted:
+            raise ValueError(
+                f"tokens.{name} is {values.dtype}; with hidden {hidden_TD.dtype} it must be {wanted}"
+            )
     if objective.importance_cap > 0 and tokens.rollout_logprobs_T is None:
         raise ValueError(f"importance_cap is {objective.importance_cap}: it needs tokens.rollout_logprobs_T")
     for name, value in vars(objective).items():

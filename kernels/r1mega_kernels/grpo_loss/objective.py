@@ -22,7 +22,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the loss knows of each token, all [T]; log-probs are float32 or as precise as the loss is to be."""
+    """What the loss knows of each token, all [T]; but for the mask float32 (float64 where hidden states are)."""
 
     mask_T: Tensor
     """bool: tokens that count. Nothing is computed of the others, whatever they hold."""

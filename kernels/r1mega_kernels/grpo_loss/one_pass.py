@@ -104,7 +104,13 @@ def run(
     numbers_N = tokens.mask_T.nonzero().squeeze(1)
     whole = len(numbers_N) == len(hidden_TD)
     num_rows, hidden_size = weight_VD.shape
-    plan = plan_of(len(numbers_N), num_rows, hidden_size, weight_VD.element_size(), hidden_TD.device.type)
+    plan = plan_of(
+        len(numbers_N),
+        _most_rows(num_rows, group, hidden_TD.device),
+        hidden_size,
+        weight_VD.element_size(),
+        hidden_TD.device.type,
+    )
     logits_RV = hidden_TD.new_empty(plan.chunk, num_rows, dtype=dtype)
     loss = hidden_TD.new_zeros((), dtype=torch.float64)
     logprobs_T, entropy_T = hidden_TD.new_zeros(2, len(hidden_TD), dtype=dtype).unbind(0)
@@ -133,6 +139,16 @@ def run(
     if window is not None:
         window.flush()
     return Results(loss, logprobs_T, entropy_T, d_hidden_TD)
+
+
+def _most_rows(num_rows: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
+    """Of the group's shards, which uneven splits and padding make unequal: all must take the same chunks of tokens,
+    because they merge each."""
+    if group is None or group.size() == 1:
+        return num_rows
+    most = torch.tensor(num_rows, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return int(most)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -370,7 +371,9 @@ def test_splitting_the_vocabulary_changes_neither_results_nor_gradients(tmp_path
 def _vocabulary_parallel(rank: int, store: str, problems: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for case, (bounds, vocab_size, hidden_TD, weight_VD, targets_T, tokens, exact) in problems.items():
+    for chunk, (case, problem) in itertools.product(((4, 400), (256, 2**19)), problems.items()):
+        one_pass.CPU_CHUNK_ROWS, one_pass.CPU_CHUNK_LOGITS = chunk  # the first: several chunks of tokens
+        bounds, vocab_size, hidden_TD, weight_VD, targets_T, tokens, exact = problem
         start, end = bounds[rank : rank + 2]
         own = results_and_gradients(
             grpo_loss,
@@ -387,11 +390,19 @@ def _vocabulary_parallel(rank: int, store: str, problems: dict) -> None:
         )
         for name, a, b in zip(NAMES, own, [*exact[:4], exact[4][start:end]], strict=True):
             error = float((a - b).abs().max())
-            assert error < 1e-4, f"{case}, rank {rank}, {name}: off by {error}"
+            assert error < 1e-4, f"{case}, {chunk}, rank {rank}, {name}: off by {error}"
     dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- bad input and Triton
+
+
+def tokens_of(**dtypes: torch.dtype) -> Tokens:
+    """Four tokens, some of their fields of another dtype."""
+    floats = {"weights_T": torch.float32, "advantages_T": torch.float32} | dtypes
+    return Tokens(
+        torch.ones(4).bool(), **{name: torch.ones(4, dtype=dtype) for name, dtype in floats.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -402,6 +413,21 @@ def _vocabulary_parallel(rank: int, store: str, problems: dict) -> None:
         ({"temperature": 0.0}, r"temperature is 0.0"),
         ({"tokens": Tokens(torch.ones(3).bool(), torch.ones(4), torch.ones(4))}, r"mask_T is \[3\] on cpu"),
         ({"tokens": Tokens(torch.ones(4), torch.ones(4), torch.ones(4))}, r"mask_T is torch.float32"),
+        (
+            {"tokens": tokens_of(old_logprobs_T=torch.int64)},
+            r"old_logprobs_T is torch.int64; .* torch.float32",
+        ),
+        ({"tokens": tokens_of(old_logprobs_T=torch.bfloat16)}, r"old_logprobs_T is torch.bfloat16"),
+        ({"tokens": tokens_of(advantages_T=torch.bool)}, r"advantages_T is torch.bool"),
+        (
+            {"tokens": tokens_of(weights_T=torch.float64), "objective": Objective(entropy_coef=0.1)},
+            r"weights_T is torch.float64; with hidden torch.float32 it must be torch.float32",
+        ),
+        (
+            {name: torch.zeros(5, 3, device="meta").double() for name in ("hidden_TD", "weight_VD")}
+            | {"targets_T": torch.zeros(5, device="meta").long()},
+            r"hidden is torch.float64 on meta",
+        ),
         ({"objective": Objective(importance_cap=2.0)}, r"importance_cap is 2.0: it needs"),
         ({"objective": Objective(clip_low=-0.1)}, r"clip_low is -0.1"),
         ({"objective": Objective(kl_coef=math.nan)}, r"kl_coef is nan"),

@@ -26,6 +26,9 @@ from r1mega_kernels.linear_logprob.rows import LogitGradient
 __all__ = ["linear_logprob", "linear_logprob_reference"]
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
 def linear_logprob(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -38,7 +41,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target] and the entropy of that softmax, in nats.
 
-    hidden_TD [T, D], weight_VD [V, D]: contiguous, the same dtype and device; targets_T int64 [T].
+    hidden_TD [T, D], weight_VD [V, D]: contiguous, the same dtype (float64 on CPU only) and device; targets_T int64 [T].
     Returns (logprobs_T, entropy_T), float32 (float64 for float64 inputs), both differentiable in hidden and
     weight. Products and sums accumulate in float32.
 
@@ -126,6 +129,8 @@ def check_tensors(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> No
         raise ValueError(
             f"hidden is {hidden_TD.dtype}, weight {weight_VD.dtype}; they must be the same float dtype"
         )
+    if hidden_TD.dtype not in FLOATS and hidden_TD.device.type != "cpu":
+        raise ValueError(f"hidden is {hidden_TD.dtype} on {hidden_TD.device}; GPU kernels take {FLOATS}")
     if targets_T.dtype != torch.int64:
         raise ValueError(f"targets are {targets_T.dtype}; they must be torch.int64")
     if not hidden_TD.device == weight_VD.device == targets_T.device:

@@ -109,13 +109,6 @@ def test_no_tokens_give_empty_results():
     assert not d_weight_VD.any()
 
 
-def test_float64_is_refused():
-    with pytest.raises(ValueError, match=r"bfloat16, float16 and float32, not torch.float64"):
-        kernel.forward(
-            torch.zeros(1, 1).double(), torch.zeros(1, 1).double(), torch.zeros(1).long(), 1.0, keep=True
-        )
-
-
 @pytest.mark.parametrize("forward", kernel.PARTIALS.candidates, ids=str)
 def test_every_tiling_of_the_forward_gives_the_default_s_results(forward, monkeypatch):
     hidden_TD, weight_VD, targets_T = make_inputs(150, 1100, 40)

@@ -270,6 +270,27 @@ def _vocabulary_parallel(rank: int, store: str, problems: dict[str, dict]) -> No
     dist.destroy_process_group()
 
 
+def test_training_a_head_gives_plain_torchs_losses():
+    """Fifteen steps of Adam on an embedding and a head: what the next token is, and an entropy bonus."""
+    tokens_T, targets_T = torch.randint(0, 40, (2, 300))
+    start_ED, start_VD = torch.randn(40, 12), torch.randn(53, 12) / 3
+    curves = []
+    for op in (linear_logprob, linear_logprob_reference):
+        embedding_ED, weight_VD = (start.clone().requires_grad_() for start in (start_ED, start_VD))
+        optimizer, losses = torch.optim.Adam([embedding_ED, weight_VD], lr=0.03), []
+        for _ in range(15):
+            logprobs_T, entropy_T = op(embedding_ED[tokens_T], weight_VD, targets_T, temperature=0.9)
+            loss = -logprobs_T.mean() - 0.01 * entropy_T.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    own, plain = curves
+    assert own[-1] < own[0] - 0.5
+    assert own == pytest.approx(plain, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -278,6 +299,10 @@ def _vocabulary_parallel(rank: int, store: str, problems: dict[str, dict]) -> No
         ({"targets_T": torch.zeros(3, dtype=torch.int64)}, r"do not fit: .*targets \[3\]"),
         ({"hidden_TD": torch.zeros(4, 3).bfloat16()}, r"hidden is torch.bfloat16, weight torch.float32"),
         ({"targets_T": torch.zeros(4, dtype=torch.int32)}, r"targets are torch.int32"),
+        (
+            {name: torch.zeros(4, 3, device="meta").double() for name in ("hidden_TD", "weight_VD")},
+            r"hidden is torch.float64 on meta",
+        ),
         ({"weight_VD": torch.zeros(5, 3, device="meta")}, r"hidden is on cpu, weight on meta"),
         ({"hidden_TD": torch.zeros(3, 4).T}, r"hidden has strides \(1, 4\); pass hidden.contiguous\(\)"),
         ({"targets_T": torch.tensor([0, 1, 5, 2])}, r"from 0 to 5, the vocabulary is \[0, 5\)"),
@@ -317,3 +342,21 @@ def test_triton_kernels_match_float64_in_the_interpreter(tmp_path):
 def test_triton_kernels_compile_to_sm90_with_wgmma_and_without_spills(tmp_path):
     pytest.importorskip("triton")
     run(["-m", "r1mega_kernels.aot"], tmp_path, TRITON_INTERPRET="0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(700, 4099, 128), (2048, 16160, 512), (33, 129280, 256)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_gpu_matches_float64(shape, temperature):
+    hidden_TD, weight_VD, targets_T = (x.cuda() for x in make_inputs(*shape, torch.bfloat16))
+    loss_weights = (torch.randn(shape[0], device="cuda"), torch.randn(shape[0], device="cuda"))
+    rest = {"loss_weights": loss_weights, "temperature": temperature}
+    exact = results_and_gradients(
+        linear_logprob_reference, hidden_TD.double(), weight_VD.double(), targets_T, **rest
+    )
+    own = results_and_gradients(linear_logprob, hidden_TD, weight_VD, targets_T, **rest)
+    assert (own[0] - exact[0]).abs().max() <= 2e-5
+    assert (own[1] - exact[1]).abs().max() <= 2e-5
+    for a, b in zip(own[2:], exact[2:]):
+        assert (a - b).abs().max() <= 100 * torch.finfo(torch.bfloat16).eps * (1 + b.abs().max())

@@ -5,7 +5,7 @@ experts; rows of an expert lie together, in the order of the tokens, so that slo
 
 - reference.py: the definition, in plain torch. On CPU compiled.py does the same, to the bit; on a GPU kernel.py
 - slots are found by a histogram and a scan; unpermute gathers over k and adds in the order of k, in float32
-  (float64 for float64). No addition is atomic
+  (float64 for float64, on CPU only). No addition is atomic
 
 Source: the dispatch and combine of DeepSeek-V3, section 3.2; Megatron-core's permute and unpermute (moe_utils.py) give
 the same, to the bit in float32 where a token's experts are in ascending order.
@@ -73,8 +73,8 @@ def sort_by_expert(
     multiple: each expert's rows are padded to a multiple of it, for grouped matrix products. num_rows: N, where the
     caller knows it; T K otherwise, or, with a multiple above 1, what the experts turn out to need (on a GPU that waits
     for the device). More rows than needed are padding at the end.
-    Raises ValueError for dtype, shape, layout, and, on CPU, for experts out of range and too few rows (on a GPU pairs
-    beyond the last row are lost).
+    Raises ValueError for dtype, shape, layout, and, on CPU, for experts out of range and too few rows. Asking would make a
+    GPU wait: there an expert out of range is none, as -1 is, and pairs beyond the last row are lost.
     """
     if indices_TK.dtype not in (torch.int32, torch.int64) or indices_TK.dim() != 2:
         raise ValueError(
@@ -89,7 +89,7 @@ def sort_by_expert(
         num_rows = indices_TK.numel()
     elif num_rows is None:
         flat = indices_TK.flatten().long()
-        counts_E = (flat + 1).clamp(min=0).bincount(minlength=num_experts + 1)[1:]
+        counts_E = (flat.clamp(-1, num_experts) + 1).bincount(minlength=num_experts + 2)[1:-1]
         num_rows = int(padded(counts_E, multiple).sum())
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}")
@@ -111,6 +111,7 @@ def permute_values(values_TK: Tensor, permutation: Permutation) -> Tensor:
         expected = list(permutation.row_of_pair_TK.shape)
         raise ValueError(f"values are {list(values_TK.shape)}; the permutation's pairs are {expected}")
     _check_floating("values", values_TK)
+    _check_device("values", values_TK, permutation)
     return torch.ops.r1mega.moe_permute_values(
         values_TK, permutation.row_of_pair_TK, permutation.pair_of_row_N
     )
@@ -164,6 +165,10 @@ def _check_tokens(tokens_TD: Tensor, permutation: Permutation) -> None:
 
 def _check_place(name: str, tensor: Tensor, permutation: Permutation) -> None:
     _check_contiguous(name, tensor)
+    _check_device(name, tensor, permutation)
+
+
+def _check_device(name: str, tensor: Tensor, permutation: Permutation) -> None:
     if tensor.device != permutation.pair_of_row_N.device:
         raise ValueError(
             f"{name} are on {tensor.device}, the permutation on {permutation.pair_of_row_N.device}"
@@ -178,6 +183,8 @@ def _check_contiguous(name: str, tensor: Tensor) -> None:
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} are {tensor.dtype}; they must be floating point")
+    if tensor.dtype == torch.float64 and tensor.device.type != "cpu":
+        raise ValueError(f"{name} are torch.float64 on {tensor.device}, where sums are in float32")
 
 
 # ---------------------------------------------------------------- behind torch's dispatcher

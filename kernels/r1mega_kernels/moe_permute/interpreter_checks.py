@@ -74,6 +74,20 @@ def test_one_expert_may_take_every_token():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_an_expert_that_does_not_exist_is_none(multiple):
+    indices_TK = draw(150, 2, 5, absent=True)
+    strange_TK = indices_TK.clone()
+    strange_TK[indices_TK < 0] = torch.tensor([5, 8, -2, 2**32 + 1, -(2**40)])[
+        torch.arange(int((indices_TK < 0).sum())) % 5
+    ]
+    num_rows = 300 + 5 * (multiple - 1)
+    for a, b in zip(
+        kernel.slots(strange_TK, 5, multiple, num_rows), reference.slots(indices_TK, 5, multiple, num_rows)
+    ):
+        assert torch.equal(a, b)
+
+
 SIZES = [(tunable, sizes) for tunable in kernel.candidates() for sizes in tunable.candidates]
 FP8 = (kernel.PERMUTE_FP8,)
 """Wrong in the interpreter; its candidates are those of permute."""

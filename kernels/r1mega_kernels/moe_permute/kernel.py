@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1mega_kernels.aot import AheadOfTime
-from r1mega_kernels.fp8_block.kernel import scale_of
+from r1mega_kernels.fp8_block.kernel import magnitude, scale_of
 from r1mega_kernels.fp8_block.reference import BLOCK, LARGEST, SMALLEST_AMAX
 from r1mega_kernels.tuning import Parameters, Tunable, shape_class
 
@@ -101,7 +101,8 @@ def slots(
         scan_kernel[(num_experts,)](count_ES, count_E, num_stretches, BLOCK=SCANNED, num_warps=4)
         start_kernel[(1,)](count_E, start_E, num_experts, multiple, BLOCK_E=experts, num_warps=4)
         slot_kernel[(num_stretches,)](
-            indices_TK, count_ES, start_E, row_of_pair_TK, pair_of_row_N, num_pairs, num_stretches, num_rows,
+            indices_TK, count_ES, start_E, row_of_pair_TK, pair_of_row_N, num_pairs, num_experts,
+            num_stretches, num_rows,
             **blocks,
         )  # fmt: skip
     return row_of_pair_TK, pair_of_row_N, count_E
@@ -199,11 +200,18 @@ def indices_kernel(
 
 
 @triton.jit
+def experts_at(indices, pairs, P, E):
+    """int32, -1 for none: also for what is no expert, which must not become an address."""
+    expert = tl.load(indices + pairs, mask=pairs < P, other=-1)
+    return tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
+
+
+@triton.jit
 def count_kernel(indices, counts, P, E, S, STRETCH: tl.constexpr, BLOCK_E: tl.constexpr):
     """counts [E, S]: pairs of each expert in stretch s."""
     stretch = tl.program_id(0)
     pairs_P = stretch * STRETCH + tl.arange(0, STRETCH)
-    expert_P = tl.load(indices + pairs_P, mask=pairs_P < P, other=-1).to(tl.int32)
+    expert_P = experts_at(indices, pairs_P, P, E)
     count_E = tl.histogram(tl.maximum(expert_P, 0), BLOCK_E, mask=expert_P >= 0)
     experts_E = tl.arange(0, BLOCK_E)
     tl.store(counts + experts_E.to(tl.int64) * S + stretch, count_E, mask=experts_E < E)
@@ -233,15 +241,15 @@ def start_kernel(totals, starts, E, multiple, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def slot_kernel(
-    indices, counts, starts, row_of_pair, pair_of_row, P, S, N, STRETCH: tl.constexpr, COMPARED: tl.constexpr
+    indices, counts, starts, row_of_pair, pair_of_row, P, E, S, N, STRETCH: tl.constexpr, COMPARED: tl.constexpr
 ):  # fmt: skip
     stretch = tl.program_id(0)
     pairs_P = stretch * STRETCH + tl.arange(0, STRETCH)
-    expert_P = tl.load(indices + pairs_P, mask=pairs_P < P, other=-1).to(tl.int32)
+    expert_P = experts_at(indices, pairs_P, P, E)
     rank_P = tl.zeros((STRETCH,), tl.int32)
     for start in range(0, STRETCH, COMPARED):
         others_C = stretch * STRETCH + start + tl.arange(0, COMPARED)
-        other_C = tl.load(indices + others_C, mask=others_C < P, other=-1).to(tl.int32)
+        other_C = experts_at(indices, others_C, P, E)
         equal = (expert_P[:, None] == other_C[None, :]) & (others_C[None, :] < pairs_P[:, None])
         rank_P += tl.sum(equal.to(tl.int32), axis=1)
     real = expert_P >= 0
@@ -275,7 +283,7 @@ def permute_fp8_kernel(
         groups_G = first + tl.arange(0, GROUPS)
         at_GC = groups_G[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         x_GC = tl.load(tokens + token * D + at_GC, mask=at_GC < D, other=0.0).to(tl.float32)
-        scale_G = scale_of(tl.max(tl.abs(x_GC), axis=1), LARGEST, SMALLEST_AMAX)
+        scale_G = scale_of(tl.max(magnitude(x_GC), axis=1), LARGEST, SMALLEST_AMAX)
         value_GC = tl.div_rn(x_GC, tl.broadcast_to(scale_G[:, None], (GROUPS, BLOCK))).to(
             rows.dtype.element_ty
         )
@@ -351,7 +359,8 @@ def ahead_of_time(every_candidate: bool = False) -> list[AheadOfTime]:
         *_ahead(scan_kernel, {**counts, "totals": "*i64"}, {"BLOCK": SCANNED}, fixed, wide_loads=False),
         *_ahead(start_kernel, {"totals": "*i64", "starts": "*i32", "E": "i32", "multiple": "i32"},
                 {"BLOCK_E": 256}, fixed),
-        *_ahead(slot_kernel, {"indices": "*i64", **counts, "starts": "*i32", **pairs, "P": "i32", "N": "i32"},
+        *_ahead(slot_kernel, {"indices": "*i64", **counts, "starts": "*i32", **pairs, "P": "i32", "E": "i32",
+                "N": "i32"},
                 {}, slots, wide_loads=False),
     ]  # fmt: skip
     for dtype in ("bf16", "fp32"):

@@ -55,9 +55,9 @@ def gather(source: Tensor, index: Tensor) -> Tensor:
         return source.new_zeros(*index.shape, *source.shape[1:])
     found = source.index_select(0, index.flatten().clamp(min=0)).view(*index.shape, *source.shape[1:])
     absent = index < 0
-    return (
-        found.masked_fill_(absent.view(*index.shape, *[1] * (source.dim() - 1)), 0) if absent.any() else found
-    )
+    if index.device.type == "cpu" and not absent.any():  # on a GPU the question would wait for the device
+        return found
+    return found.masked_fill_(absent.view(*index.shape, *[1] * (source.dim() - 1)), 0)
 
 
 def permute(tokens_TD: Tensor, row_of_pair_TK: Tensor, pair_of_row_N: Tensor) -> Tensor:

@@ -214,6 +214,17 @@ def test_fp8_rows_are_the_quantised_permuted_tokens():
         assert not rows_ND.float()[permutation.pair_of_row_N < 0].any()
 
 
+def test_away_from_the_cpu_gathering_values_asks_nothing_of_the_data():
+    """On a GPU an answer would wait for the device; a meta tensor has none."""
+    places = (
+        torch.empty(6, 2, dtype=torch.int32, device="meta"),
+        torch.empty(12, dtype=torch.int32, device="meta"),
+    )
+    permutation = Permutation(*places, torch.empty(4, dtype=torch.int64, device="meta"), 1)
+    assert reference.gather(torch.empty(12, device="meta"), permutation.row_of_pair_TK).shape == (6, 2)
+    assert permute_values(torch.empty(6, 2, device="meta"), permutation).shape == (12,)
+
+
 def test_a_map_becomes_ascending_indices():
     map_TE = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1]]).bool()
     assert indices_of(map_TE, 2).tolist() == [[1, 3], [-1, -1], [0, -1], [2, 3]]
@@ -251,6 +262,7 @@ def test_operators_are_registered_as_torch_wants_them():
         (lambda p: sort_by_expert(torch.zeros(3, 2).long().T, 4), r"strides \(1, 2\)"),
         (lambda p: sort_by_expert(torch.tensor([[0, 4]]), 4), r"from 0 to 4; they must be in \[-1, 4\)"),
         (lambda p: sort_by_expert(torch.tensor([[-2, 3]]), 4), "from -2 to 3"),
+        (lambda p: sort_by_expert(torch.tensor([[0, 2**40]]), 4, multiple=2), f"from 0 to {2**40}"),
         (lambda p: sort_by_expert(torch.zeros(2, 2).long(), 4, multiple=0), "multiple 0"),
         (lambda p: sort_by_expert(torch.zeros(2, 2).long(), 4, num_rows=3), "need 4 rows, num_rows is 3"),
         (lambda p: permute(torch.ones(3, 2), p), r"tokens are \[3, 2\]; the permutation has 2 tokens"),
@@ -260,6 +272,15 @@ def test_operators_are_registered_as_torch_wants_them():
         (
             lambda p: permute_values(torch.ones(2, 3), p),
             r"values are \[2, 3\]; the permutation's pairs are \[2, 2\]",
+        ),
+        (
+            lambda p: permute_values(torch.ones(2, 2, device="meta"), p),
+            "values are on meta, the permutation on cpu",
+        ),
+        (lambda p: permute(torch.ones(2, 2, device="meta").double(), p), "tokens are torch.float64 on meta"),
+        (
+            lambda p: unpermute(torch.ones(4, 2), p, torch.ones(2, 2, device="meta").double()),
+            "weights are torch.float64 on",
         ),
         (lambda p: permute_fp8(torch.ones(2, 2).double(), p), "tokens are torch.float64"),
         (lambda p: permute_fp8(torch.ones(2, 2).requires_grad_(), p), "fp8 rows have no gradient"),
