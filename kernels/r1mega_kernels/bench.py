@@ -273,16 +273,16 @@ def keep(op: str, rows: list[dict[str, Any]], device: str, file: Path | None) ->
 def _a_row_a_line(record: Mapping[str, Any]) -> str:
     operators = []
     for op in sorted(record):
-        rows = ",\n  ".join(json.dumps(_four_digits(row)) for row in record[op]["rows"])
+        rows = ",\n  ".join(json.dumps(_six_digits(row)) for row in record[op]["rows"])
         measured = json.dumps(record[op]["measured"])
         operators.append(f'{json.dumps(op)}: {{\n "measured": {measured},\n "rows": [\n  {rows}\n ]}}')
     return "{\n" + ",\n".join(operators) + "\n}\n"
 
 
-def _four_digits(value: Any) -> Any:
+def _six_digits(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _four_digits(one) for key, one in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
+        return {key: _six_digits(one) for key, one in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _circumstances(device_name: str) -> dict[str, Any]:
