@@ -24,7 +24,12 @@ inline To bits(From from) {
 }
 
 inline uint32_t float_bits(float value) { return bits<uint32_t>(value); }
+inline uint32_t float_bits(uint32_t value) { return value; }
 inline uint32_t float_bits(uint16_t bfloat16) { return static_cast<uint32_t>(bfloat16) << 16; }
+
+// Without a sign, floats are ordered as their bits are, NaN above infinity.
+inline uint32_t magnitude(float value) { return bits<uint32_t>(value) & 0x7fffffffu; }
+inline uint16_t magnitude(uint16_t bfloat16) { return bfloat16 & 0x7fffu; }
 
 // A select without a branch: compilers do not turn one over floats into vector code (an operation might trap).
 inline uint32_t select(bool condition, uint32_t yes, uint32_t no) {
@@ -41,14 +46,15 @@ inline float from_fp8(uint8_t byte) {
   return bits<float>(result | static_cast<uint32_t>(byte & 0x80u) << 24);
 }
 
-// Round to nearest, ties to even; |value| < 464.
+// Round to nearest, ties to even; |value| < 464. Added to 2^(e + 20), a number with exponent e keeps the three bits after its
+// first one, rounded as the processor rounds: they and the first are the sum's last bits. Below 2^-6, the smallest normal,
+// steps stay as they are there.
 inline uint8_t to_fp8(float value) {
   const uint32_t all = bits<uint32_t>(value), magnitude = all & 0x7fffffffu;
-  const uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-  const float shifted = bits<float>(magnitude) + 0x1p14f;  // its last place is 2^-9, e4m3's smallest step
-  const uint32_t subnormal = bits<uint32_t>(shifted) - bits<uint32_t>(0x1p14f);
-  const uint32_t result = select(magnitude < 0x3c800000u, subnormal, normal);  // 2^-6: the smallest normal
-  return static_cast<uint8_t>(result | (all >> 24 & 0x80u));
+  const uint32_t exponent = std::max(magnitude & 0x7f800000u, 121u << 23);
+  const float sum = bits<float>(magnitude) + bits<float>(exponent + (20u << 23));
+  const uint32_t result = bits<uint32_t>(sum) + (exponent >> 20) - (121u << 3);
+  return static_cast<uint8_t>((result & 0x7fu) | (all >> 24 & 0x80u));
 }
 
 inline void store(float value, float* out) { *out = value; }
@@ -75,26 +81,40 @@ __attribute__((always_inline)) inline void dequantize(const uint8_t* values, con
   }
 }
 
+// Several blocks beside each other are read before they are written: long enough stretches
+// of a row for the processor to foresee, few enough to stay in its cache.
 template <typename In>
 __attribute__((always_inline)) inline bool quantize(const In* in, uint8_t* values, float* scales,
                                                     Shape shape) {
-  const int64_t blocks = (shape.columns + kBlock - 1) / kBlock;
+  constexpr int64_t kTogether = 4 * kBlock;
+  using Magnitude = decltype(magnitude(In{}));
   for (int64_t top = 0; top < shape.rows; top += shape.block_rows) {
     const int64_t bottom = std::min(top + shape.block_rows, shape.rows);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t start = block * kBlock, end = std::min(start + kBlock, shape.columns);
-      uint32_t largest = 0;  // floats without a sign are ordered as their bits are, NaN above infinity
+    for (int64_t left = 0; left < shape.columns; left += kTogether) {
+      const int64_t width = std::min(kTogether, shape.columns - left);
+      Magnitude largest_of_column[kTogether] = {};
       for (int64_t row = top; row < bottom; ++row) {
-        const In* from = in + row * shape.columns;
-        for (int64_t i = start; i < end; ++i) largest = std::max(largest, float_bits(from[i]) & 0x7fffffffu);
+        const In* from = in + row * shape.columns + left;
+        for (int64_t i = 0; i < width; ++i) {
+          largest_of_column[i] = std::max(largest_of_column[i], magnitude(from[i]));
+        }
       }
-      if (largest >= kInfinity) return false;
-      const float scale = std::max(bits<float>(largest), 1e-4f) / 448.0f;
-      *scales++ = scale;
+      float* scales_here = scales;
+      for (int64_t start = 0; start < width; start += kBlock) {
+        const int64_t end = std::min(start + kBlock, width);
+        Magnitude largest = 0;
+        for (int64_t i = start; i < end; ++i) largest = std::max(largest, largest_of_column[i]);
+        if (float_bits(largest) >= kInfinity) return false;
+        *scales++ = std::max(bits<float>(float_bits(largest)), 1e-4f) / 448.0f;
+      }
       for (int64_t row = top; row < bottom; ++row) {
-        const In* from = in + row * shape.columns;
-        uint8_t* to = values + row * shape.columns;
-        for (int64_t i = start; i < end; ++i) to[i] = to_fp8(bits<float>(float_bits(from[i])) / scale);
+        const In* from = in + row * shape.columns + left;
+        uint8_t* to = values + row * shape.columns + left;
+        for (int64_t start = 0; start < width; start += kBlock) {
+          const int64_t end = std::min(start + kBlock, width);
+          const float scale = scales_here[start / kBlock];
+          for (int64_t i = start; i < end; ++i) to[i] = to_fp8(bits<float>(float_bits(from[i])) / scale);
+        }
       }
     }
   }

@@ -56,6 +56,7 @@ def run(
 ) -> None:
     """Run the benchmark `what` ("all": every one), print its table, and write its numbers to `json_path`.
 
+    Without a path, in a checkout, kernels write theirs to docs/benchmarks/kernels_<device>.json (r1mega_kernels/bench.py).
     tune: find the kernels' parameters for this GPU instead, and keep them (r1mega_kernels/tuning.py).
     """
     if responses not in RESPONSES:
@@ -76,7 +77,10 @@ def run(
         elif name == "layouts":
             results[name] = _layouts()
         else:
-            results[name] = _rewards(parts, shared, json_path) if name == "rewards" else _kernel(name, tune)
+            kept = json_path is not None
+            results[name] = (
+                _rewards(parts, shared, json_path) if name == "rewards" else _kernel(name, tune, kept)
+            )
         if json_path:
             write_json(Path(json_path), results)
 
@@ -116,14 +120,21 @@ def _tuned(what: str, chosen: Sequence[str]) -> list[str]:
     return [name for name in chosen if name in offered]
 
 
-def _kernel(name: str, tune: bool) -> Any:
+def _kernel(name: str, tune: bool, kept: bool) -> Any:
+    """Its rows, if they are kept; otherwise it writes its record itself."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", KERNEL_BENCHES[name], "--json", str(file), *["--tune"] * tune]
+        command = [
+            sys.executable,
+            "-m",
+            KERNEL_BENCHES[name],
+            *["--json", str(file)] * kept,
+            *["--tune"] * tune,
+        ]
         code = subprocess.run(command, check=False).returncode
         if code:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {code}")
-        return json.loads(file.read_text())
+        return json.loads(file.read_text()) if kept else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from r1mega.cli import main
 from r1mega.config import ConfigError
 from r1mega.data.packing import pack
 from r1mega.samples import Sample
+from r1mega_kernels import bench as kernel_bench
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +134,35 @@ def test_a_reference_that_cannot_start_says_why(tmp_path):
 def test_kernel_benchmarks_exist():
     for module in bench.KERNEL_BENCHES.values():
         assert importlib.util.find_spec(module), module
+
+
+def test_a_kernels_rows_are_kept_beside_those_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_bench, "RECORDS", tmp_path)
+    kernel_bench.keep("one", [{"milliseconds": 1.23456789}], "cpu", None)
+    kernel_bench.keep("other", [{"provider": "own"}, {"provider": "floor"}], "cpu", None)
+    kernel_bench.keep("other", [{"provider": "own"}], "cpu", None)
+    kernel_bench.keep("one", [], "cpu", tmp_path / "elsewhere.json")
+    record = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    assert {op: kept["rows"] for op, kept in record.items()} == {
+        "one": [{"milliseconds": 1.23457}],
+        "other": [{"provider": "own"}],
+    }
+    assert record["one"]["measured"]["versions"]["torch"] == torch.__version__
+    assert {file.name for file in tmp_path.iterdir()} == {"kernels_cpu.json", "elsewhere.json"}
+
+
+def test_a_peer_that_fails_is_left_out_and_our_own_fault_rises(capsys):
+    def broken(inputs):
+        raise TypeError(f"no {inputs}")
+
+    seen = []
+    calls = {"floor": seen.append, "own": seen.append, "peer": broken}
+    found = kernel_bench.take_turns(calls, lambda: "inputs", "cpu", repeats=2)
+    assert [*found] == ["floor", "own"]
+    assert seen == ["inputs"] * 6
+    assert capsys.readouterr().err == "LEFT OUT peer: TypeError: no inputs\n"
+    with pytest.raises(TypeError, match="no inputs"):
+        kernel_bench.take_turns({"own": broken}, lambda: "inputs", "cpu", repeats=1)
 
 
 def test_the_command_line_offers_every_benchmark(capsys):

@@ -11,7 +11,6 @@ many.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1mega_kernels.bench import JSON_HELP, keep
 from r1mega_kernels.eplb import SOLVERS, imbalance, rebalance_experts, reference
 
 EXPERTS, GROUPS, GPUS = 256, 8, 32
@@ -112,11 +112,9 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=58)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--json", type=Path, help=JSON_HELP)
     args = parser.parse_args()
-    rows = run(args.layers, args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+    keep("eplb", run(args.layers, args.repeats), "cpu", args.json)
 
 
 if __name__ == "__main__":

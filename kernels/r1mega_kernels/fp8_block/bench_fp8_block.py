@@ -2,15 +2,15 @@
 
     python -m r1mega_kernels.fp8_block.bench_fp8_block [--device cpu|cuda] [--json FILE]
 
-Correctness first: bytes and numbers are compared with the reference's before anything is timed. GB/s count what is read
-and written: 3 bytes an element between fp8 and bfloat16. Two times: with a fresh output, as users call it (on CPU most of
-that is the kernel's clearing of fresh pages), and the conversion alone. On CPU: CPU time, best of many; on a GPU the
-median.
+Correctness first: bytes and numbers are compared with the reference's before anything is timed, and not one bit may differ.
+Providers take turns on fresh random data. GB/s count what is read and written: 3 bytes an element between fp8 and bfloat16;
+the floor is a copy of as many bytes. own: with a fresh output, as users call it (on CPU most of that is the kernel's clearing
+of fresh pages); own, alone: the conversion into memory that is there.
 """
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from r1mega_kernels import fp8_block
-from r1mega_kernels.bench import Trial, main, seconds
+from r1mega_kernels.bench import Trial, compiled, main, of_peak, peers, take_turns
 from r1mega_kernels.fp8_block import dequantize_reference, quantize_reference
 
 SHAPES = {"cpu": (4096, 7168), "cuda": (18432, 7168)}
@@ -35,47 +35,77 @@ def check(weight_OI: Any, block_rows: int) -> None:
     assert torch.equal(back_OI, dequantize_reference(values_OI, scale_PQ, block_rows))
 
 
+Inputs = tuple[Any, ...]
+"""weight, its values and scales, and room for the weight."""
+
+
+def make_inputs(device: str, block_rows: int) -> Inputs:
+    weight_OI = torch.randn(SHAPES[device], device=device).bfloat16()
+    return weight_OI, *fp8_block._quantize(weight_OI, block_rows), torch.full_like(weight_OI, math.nan)
+
+
+def operations(device: str, block_rows: int) -> dict[str, dict[str, Callable[[Inputs], Any]]]:
+    """Operation -> provider -> call."""
+
+    def quantized_by(quantize: Callable) -> Callable[[Inputs], Any]:
+        return lambda x: quantize(x[0], block_rows)
+
+    def dequantized_by(dequantize: Callable, *dtype: torch.dtype) -> Callable[[Inputs], Any]:
+        return lambda x: dequantize(x[1], x[2], block_rows, *dtype)
+
+    rows, columns = SHAPES[device]
+    source = torch.randint(0, 255, (3 * rows * columns // 2,), dtype=torch.uint8, device=device)
+    floor = partial(torch.empty_like(source).copy_, source)
+    table: dict[str, dict[str, Callable[[Inputs], Any]]] = {
+        "quantise": {
+            "floor": lambda x: floor(),
+            "own": quantized_by(fp8_block._quantize),
+            "own, alone": lambda x: quantize_into(x[0], x[1], x[2], block_rows),
+            "torch": quantized_by(quantize_reference),
+        },
+        "dequantise": {
+            "floor": lambda x: floor(),
+            "own": dequantized_by(fp8_block._dequantize, torch.bfloat16),
+            "own, alone": lambda x: dequantize_into(x[1], x[2], x[3], block_rows),
+            "torch": dequantized_by(dequantize_reference),
+        },
+    }
+    if device == "cuda":
+        table["quantise"]["compiled"] = quantized_by(compiled(quantize_reference))
+        table["dequantise"]["compiled"] = dequantized_by(compiled(dequantize_reference))
+    return table
+
+
 def run(device: str, repeats: int = 9) -> list[dict]:
     """Prints the table and returns its rows."""
-    weight_OI = torch.randn(SHAPES[device], device=device).bfloat16()
     print(
-        f"fp8_block on {device}, {list(weight_OI.shape)}, bfloat16, {torch.get_num_threads()} threads; GB/s"
-    )
-    print(
-        f"{'operation':22}{'blocks':>11}{'own':>8}{'alone':>8}{'copy':>8}{'alone/copy':>12}{'torch':>8}{'own/torch':>11}"
+        f"fp8_block on {device}, {SHAPES[device]}, bfloat16, {torch.get_num_threads()} threads, {peers()}\n"
+        f"{'operation':12}{'blocks':>10}  {'provider':12}{'ms':>10}{'GB/s':>8}{'of floor':>10}{'own is x':>10}"
+        f"{'MiB':>9}  bits that differ"
     )
     rows = []
-    target_OI = torch.empty_like(weight_OI)
     for block_rows in (fp8_block.BLOCK, 1):
-        check(weight_OI, block_rows)
-        values_OI, scale_PQ = fp8_block._quantize(weight_OI, block_rows)
-        calls: dict[str, tuple[Callable[[], Any], ...]] = {
-            "quantise": (
-                partial(fp8_block._quantize, weight_OI, block_rows),
-                partial(quantize_into, weight_OI, values_OI, scale_PQ, block_rows),
-                partial(quantize_reference, weight_OI, block_rows),
-            ),
-            "dequantise": (
-                partial(fp8_block._dequantize, values_OI, scale_PQ, block_rows, torch.bfloat16),
-                partial(dequantize_into, values_OI, scale_PQ, target_OI, block_rows),
-                partial(dequantize_reference, values_OI, scale_PQ, block_rows),
-            ),
-        }
-        for operation, (own, alone, plain) in calls.items():
-            copy_seconds = (
-                best(partial(target_OI.copy_, weight_OI), device, repeats) * 3 / 4
-            )  # 4 bytes an element
-            taken = [best(call, device, n) for call, n in ((own, repeats), (alone, repeats), (plain, 2))]
-            rate = [3e-9 * weight_OI.numel() / s for s in (*taken, copy_seconds)]
-            names = ("own", "own_without_allocation", "torch", "copy")
-            rows.append(
-                {"operation": operation, "block_rows": block_rows, "device": device, "shape": SHAPES[device]}
-            )
-            rows[-1] |= {f"{name}_gb_per_second": value for name, value in zip(names, rate, strict=True)}
-            print(
-                f"{operation:22}{f'{block_rows} x 128':>11}{rate[0]:8.1f}{rate[1]:8.1f}{rate[3]:8.1f}"
-                f"{rate[1] / rate[3]:12.2f}{rate[2]:8.2f}{rate[0] / rate[2]:10.1f}x"
-            )
+        make = partial(make_inputs, device, block_rows)
+        check(make()[0], block_rows)
+        for operation, providers in operations(device, block_rows).items():
+            found = take_turns(providers, make, device, repeats)
+            for name, measured in found.items():
+                row: dict[str, Any] = {
+                    "operation": operation,
+                    "block_rows": block_rows,
+                    "device": device,
+                    "provider": name,
+                }
+                row |= {"shape": SHAPES[device]} | measured.row(found["own"], found["floor"])
+                row["gb_per_second"] = 3e-6 * math.prod(SHAPES[device]) / measured.milliseconds
+                if name == "own":
+                    row["bits_that_differ"] = 0
+                rows.append(row)
+                print(
+                    f"{operation:12}{f'{block_rows} x 128':>10}  {name:12}{row['milliseconds']:10.2f}"
+                    f"{row['gb_per_second']:8.2f}{row['share_of_floor']:10.2f}{row['own_is_faster_by']:10.2f}"
+                    f"{of_peak(measured.peak_mebibytes)}{'  0' * (name == 'own')}"
+                )
     return rows
 
 
@@ -89,16 +119,13 @@ def trials(device: str) -> list[Trial]:
         def right(block_rows: int = block_rows) -> None:
             check(torch.randn(300, SHAPES[device][1], device=device).bfloat16(), block_rows)
 
-        def make(block_rows: int = block_rows) -> tuple[Any, ...]:
-            weight_OI = torch.randn(SHAPES[device], device=device).bfloat16()
-            return weight_OI, *fp8_block._quantize(weight_OI, block_rows), torch.empty_like(weight_OI)
-
-        def quantize(x: tuple[Any, ...], block_rows: int = block_rows) -> None:
+        def quantize(x: Inputs, block_rows: int = block_rows) -> None:
             quantize_into(x[0], x[1], x[2], block_rows)
 
-        def dequantize(x: tuple[Any, ...], block_rows: int = block_rows) -> None:
+        def dequantize(x: Inputs, block_rows: int = block_rows) -> None:
             dequantize_into(x[1], x[2], x[3], block_rows)
 
+        make = partial(make_inputs, device, block_rows)
         found += [Trial(tunable, right, make, quantize), Trial(tunable, right, make, dequantize)]
     return found
 
@@ -128,14 +155,5 @@ def dequantize_into(values_OI: Any, scale_PQ: Any, out_OI: Any, block_rows: int)
         kernel.dequantize(values_OI, scale_PQ, out_OI, block_rows)
 
 
-def best(call: Callable[[], Any], device: str, repeats: int) -> float:
-    measured = []
-    for _ in range(repeats + 1):
-        start = seconds(device)
-        call()
-        measured.append(seconds(device) - start)
-    return min(measured[1:]) if device == "cpu" else statistics.median(measured[1:])
-
-
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES, trials=trials)
+    main("fp8_block", run, __doc__, SHAPES, trials=trials)

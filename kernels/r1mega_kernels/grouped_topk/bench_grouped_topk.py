@@ -2,27 +2,25 @@
 
     python -m r1mega_kernels.grouped_topk.bench_grouped_topk [--device cpu|cuda] [--json FILE]
 
-Correctness first: choices, weights and gradients are compared with the float64 reference before anything is timed. Providers
-take turns on fresh random data; numbers are medians. The floor: the forward reads the logits and writes K weights and
-experts a token, the backward writes the logits' gradient and reads what was chosen; bytes over the speed of a copy of the
-same tensor in the same run. On CPU the unit is CPU time. A loss is reported like a win: what is above 1 against a peer.
+Correctness first: choices, weights and gradients, of Triton and of CUDA C++ where both are there, are compared with the float64
+reference before anything is timed. Providers take turns on fresh random data. The floor: the forward reads the logits and
+writes K weights and experts a token, the backward writes the logits' gradient and reads what was chosen; bytes over the speed
+of a copy of the same tensor in the same run. "own is x": a loss is reported like a win.
 --tune also finds out whether CUDA C++ or Triton serves this GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import statistics
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r1mega_kernels.bench import Trial, main, timed
+from r1mega_kernels.bench import Measured, Trial, compiled, main, of_peak, peers, take_turns
 from r1mega_kernels.grouped_topk import cuda, grouped_topk
 
 SHAPES = {
@@ -97,17 +95,16 @@ def megatron(logits_TE: Tensor, bias_E: Tensor, *, shape: tuple[int, ...], fused
 def providers(shape: tuple[int, ...], device: str) -> dict[str, Gate]:
     found: dict[str, Gate] = {"own": partial(own, shape=shape), "plain": partial(plain, shape=shape)}
     if importlib.util.find_spec("megatron"):
-        found[f"megatron {version('megatron-core')}"] = partial(megatron, shape=shape, fused=False)
+        found["megatron"] = partial(megatron, shape=shape, fused=False)
     if device == "cuda":
         from r1mega_kernels.grouped_topk import kernel
 
         found["triton"] = partial(of_module, module=kernel, shape=shape)
         if cuda.load():
             found["cuda"] = partial(of_module, module=cuda, shape=shape)
-        found["compiled"] = torch.compile(partial(plain, shape=shape))
+        found["compiled"] = compiled(partial(plain, shape=shape))
         if importlib.util.find_spec("transformer_engine"):
-            name = f"transformer engine {version('transformer-engine')}"
-            found[name] = partial(megatron, shape=shape, fused=True)
+            found["transformer engine"] = partial(megatron, shape=shape, fused=True)
     return found
 
 
@@ -145,65 +142,70 @@ def check(shape: tuple[int, ...], device: str, num_sequences: int = 0) -> float:
     return error
 
 
+def check_all(shape: tuple[int, ...], device: str) -> dict[str, float]:
+    """Largest error of our providers: of what serves, and of both implementations on a GPU."""
+    errors = {"own": check(shape, device)}
+    if device == "cuda":
+        for name in ("triton", *["cuda"] * cuda.load()):
+            with cuda.IMPLEMENTATION.forced({"implementation": name}):
+                errors[name] = check(shape, device)
+    return errors
+
+
+def measure(shape: tuple[int, ...], device: str, repeats: int) -> dict[str, dict[str, Measured]]:
+    """Pass -> provider -> its time. The floor is one of them."""
+    tokens, experts, top_k = shape[:3]
+    gates = providers(shape, device)
+
+    def copy(inputs: tuple[Tensor, ...]) -> None:
+        inputs[2].copy_(inputs[0].detach())
+
+    def inputs_and_copy() -> tuple[Tensor, ...]:
+        logits_TE, bias_E = make_inputs(shape, device)
+        return logits_TE, bias_E, torch.empty_like(logits_TE)
+
+    def graphs() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        logits_TE, bias_E = make_inputs(shape, device)
+        weights = {name: gates[name](logits_TE, bias_E) for name in forward if name != "floor"}
+        return {name: (weight, logits_TE, torch.randn_like(weight)) for name, weight in weights.items()}
+
+    forwards: dict[str, Callable] = {"floor": copy}
+    forwards |= {name: partial(lambda gate, inputs: gate(*inputs[:2]), gate) for name, gate in gates.items()}
+    forward = take_turns(forwards, inputs_and_copy, device, repeats)
+    backwards = {
+        name: partial(lambda name, graphs: torch.autograd.grad(*graphs[name]), name)
+        for name in forward
+        if name != "floor"
+    }
+    backward = take_turns(backwards, graphs, device, repeats)
+    per_byte = forward["floor"].milliseconds / (8 * tokens * experts)
+    for found, bytes_a_choice in ((forward, 12), (backward, 16)):
+        found["floor"] = Measured(per_byte * tokens * (4 * experts + bytes_a_choice * top_k), None)
+    return {"forward": forward, "backward": backward}
+
+
 def run(device: str, repeats: int = 15) -> list[dict]:
     """Prints the table and returns its rows."""
-    print(f"grouped_topk on {device}, float32, {torch.get_num_threads()} threads; microseconds")
     print(
-        f"{'T':>7}{'E':>5}{'K':>4}{'pass':>10}{'provider':>24}{'time':>10}{'of floor':>10}{'own/it':>8}{'MiB':>8}"
+        f"grouped_topk on {device}, float32, {torch.get_num_threads()} threads, {peers()}\n"
+        f"{'T':>7}{'E':>5}{'K':>4}{'pass':>10}  {'provider':20}{'us':>10}{'of floor':>10}{'own is x':>10}{'MiB':>9}"
+        f"{'error':>10}"
     )
-    rows = []
+    rows: list[dict] = []
     for shape in SHAPES[device]:
-        error = check(shape, device)
-        gates = providers(shape, device)
-        times: dict[tuple[str, str], list[float]] = {}
-        peaks: dict[str, float] = {}
-        copies = []
-        for repeat in range(repeats + 2):  # the first two turns warm up
-            logits_TE, bias_E = make_inputs(shape, device)
-            copy_TE = torch.empty_like(logits_TE)
-            copies.append(timed(partial(copy_TE.copy_, logits_TE.detach()), device)[0])
-            for name, gate in gates.items():
-                before = torch.cuda.memory_allocated() if device == "cuda" else 0
-                if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                forward, weight = timed(partial(gate, logits_TE, bias_E), device)
-                grad = torch.randn_like(weight)
-                backward, _ = timed(partial(torch.autograd.grad, weight, logits_TE, grad), device)
-                if device == "cuda":
-                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-                if repeat >= 2:
-                    times.setdefault((name, "forward"), []).append(forward)
-                    times.setdefault((name, "backward"), []).append(backward)
-        tokens, experts, top_k = shape[:3]
-        per_byte = statistics.median(copies[2:]) / (8 * tokens * experts)
-        floors = {
-            "forward": per_byte * tokens * (4 * experts + 12 * top_k),
-            "backward": per_byte * tokens * (4 * experts + 16 * top_k),
-        }
-        for part in ("forward", "backward"):
-            for name in gates:
-                median = statistics.median(times[name, part])
-                row = {
-                    "tokens": tokens,
-                    "experts": experts,
-                    "top_k": top_k,
-                    "pass": part,
-                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                    "provider": name,
-                    "microseconds": median,
-                    "floor_microseconds": floors[part],
-                    "share_of_floor": floors[part] / median,
-                    "own_over_this": statistics.median(times["own", part]) / median,
-                    "peak_mebibytes": peaks.get(name),
-                    "largest_error": error,
-                }
+        errors = check_all(shape, device)
+        for part, found in measure(shape, device, repeats).items():
+            for name, measured in found.items():
+                row: dict[str, Any] = dict(zip(("tokens", "experts", "top_k"), shape[:3], strict=True))
+                row |= {"pass": part, "device": device, "provider": name}
+                row |= measured.row(found["own"], found["floor"]) | {"largest_error": errors.get(name)}
                 rows.append(row)
-                peak = f"{peaks[name]:8.0f}" if name in peaks else f"{'-':>8}"
+                error = f"{errors[name]:10.1e}" if name in errors else f"{'-':>10}"
                 print(
-                    f"{tokens:7}{experts:5}{top_k:4}{part:>10}{name:>24}{median:10.1f}{row['share_of_floor']:10.2f}"
-                    f"{row['own_over_this']:8.2f}{peak}"
+                    f"{shape[0]:7}{shape[1]:5}{shape[2]:4}{part:>10}  {name:20}{1e3 * row['milliseconds']:10.1f}"
+                    f"{row['share_of_floor']:10.2f}{row['own_is_faster_by']:10.2f}"
+                    f"{of_peak(measured.peak_mebibytes)}{error}"
                 )
-        print(f"largest error against float64: {error:.1e}")
     return rows
 
 
@@ -255,4 +257,4 @@ def _on_triton(call: Callable) -> Callable:
 
 
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES, repeats=15, trials=trials)
+    main("grouped_topk", run, __doc__, SHAPES, repeats=15, trials=trials)

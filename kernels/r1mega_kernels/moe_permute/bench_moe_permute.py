@@ -2,16 +2,14 @@
 
     python -m r1mega_kernels.moe_permute.bench_moe_permute [--device cpu|cuda] [--json FILE]
 
-Correctness first: results and gradients are compared with Megatron's in float32 before anything is timed. Providers take
-turns on fresh random data. The floor is a copy that reads and writes together as many bytes as the operation must. On CPU
-the unit is CPU time, which other work on the machine disturbs less, and the best of all turns counts; on a GPU the
-median.
+Correctness first: every operation is compared with its definition in the benchmark's dtype, and results and gradients with
+Megatron's in float32 where Megatron is there. Providers take turns on fresh random data. The floor is a copy that reads and
+writes together as many bytes as the operation must.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1mega_kernels.bench import Trial, main, seconds
+from r1mega_kernels.bench import Trial, compiled, main, of_peak, peers, take_turns
+from r1mega_kernels.fp8_block import quantize_reference
 from r1mega_kernels.moe_permute import (
     indices_of,
     permute,
@@ -35,9 +34,11 @@ SHAPES = {
     "cuda": [(4096, 8, 256, 7168), (32768, 8, 256, 7168)],
 }
 """T, K, E, D. cuda: DeepSeek-V3's layer."""
+WHOLE = "map to rows and back, +backward"
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 CHECKED_TOKENS = 300
-"""By --tune: with several experts each more pairs than a program takes, and no multiple."""
+"""With several experts each more pairs than a program takes, and no multiple."""
+Call = Callable[[dict[str, Any]], Any]
 
 
 def make_inputs(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -60,10 +61,10 @@ def make_inputs(shape: tuple[int, int, int, int], device: str, dtype: torch.dtyp
     }
 
 
-def check(shape: tuple[int, int, int, int], device: str) -> float:
-    """Largest difference from Megatron's results and gradients in float32, 0 on a CPU; -1 without Megatron."""
+def check(shape: tuple[int, int, int, int], device: str) -> float | None:
+    """Largest difference from Megatron's results and gradients in float32, 0 on a CPU; None without Megatron."""
     if importlib.util.find_spec("megatron") is None:
-        return -1.0
+        return None
     inputs = make_inputs((min(shape[0], 256), *shape[1:]), device, torch.float32)
     found = []
     for whole in (whole_of_megatron, whole_of_own):
@@ -94,39 +95,103 @@ def whole_of_own(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return unpermute(permute(inputs["tokens_TD"], permutation), permutation), probs_N
 
 
-def with_backward(
-    whole: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
-) -> Callable[[dict[str, Any]], None]:
-    def provider(inputs: dict[str, Any]) -> None:
-        tokens_TD, probs_TE = (inputs[name].detach().requires_grad_() for name in ("tokens_TD", "probs_TE"))
-        results = whole(inputs | {"tokens_TD": tokens_TD, "probs_TE": probs_TE})
-        torch.autograd.backward(results, [x.detach() for x in results])
+def plain_unpermute(rows_ND: Tensor, row_of_pair_TK: Tensor) -> Tensor:
+    """What one writes in torch, once a token's rows are known."""
+    rows_TKD = rows_ND.index_select(0, row_of_pair_TK.flatten()).unflatten(0, row_of_pair_TK.shape)
+    return rows_TKD.sum(dim=1, dtype=torch.float32).to(rows_ND.dtype)
+
+
+def plain_permute_fp8(tokens_TD: Tensor, order_N: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_reference(tokens_TD.index_select(0, order_N), 1)
+
+
+def whole_of_plain(
+    tokens_TD: Tensor, probs_TE: Tensor, map_TE: Tensor, num_per_token: int
+) -> tuple[Tensor, Tensor]:
+    """Without a look at the values: each token's experts are the largest of its row of the map."""
+    expert_TK = map_TE.to(torch.int8).topk(num_per_token, dim=1).indices.sort(dim=1).values
+    pair_N = expert_TK.flatten().argsort(stable=True)
+    row_of_pair_TK = pair_N.argsort().view_as(expert_TK)
+    rows_ND = tokens_TD.index_select(0, pair_N // num_per_token)
+    return plain_unpermute(rows_ND, row_of_pair_TK), probs_TE.gather(1, expert_TK).flatten()[pair_N]
+
+
+def plain_whole_of(function: Callable) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
+    return lambda x: function(x["tokens_TD"], x["probs_TE"], x["map_TE"], x["indices_TK"].shape[1])
+
+
+def with_backward(whole: Callable[[dict[str, Any]], tuple[Tensor, Tensor]]) -> Call:
+    def provider(inputs: dict[str, Any]) -> Any:
+        leaves = [inputs[name].detach().requires_grad_() for name in ("tokens_TD", "probs_TE")]
+        results = whole(inputs | dict(zip(("tokens_TD", "probs_TE"), leaves, strict=True)))
+        return torch.autograd.grad(results, leaves, [x.detach() for x in results])
 
     return provider
 
 
-def megatron_unpermute(inputs: dict[str, Any]) -> None:
+def megatron_permute(inputs: dict[str, Any]) -> Any:
     from megatron.core.transformer.moe import moe_utils
 
-    moe_utils.unpermute(inputs["rows_ND"], inputs["order_N"], inputs["tokens_TD"].shape)
+    return moe_utils.permute(inputs["tokens_TD"], inputs["map_TE"], None, len(inputs["rows_ND"]))
 
 
-def copy_of(num_bytes: int, device: str) -> Callable[[dict[str, Any]], None]:
+def megatron_unpermute(inputs: dict[str, Any]) -> Tensor:
+    from megatron.core.transformer.moe import moe_utils
+
+    return moe_utils.unpermute(inputs["rows_ND"], inputs["order_N"], inputs["tokens_TD"].shape)
+
+
+def transformer_engine() -> dict[str, Call]:
+    """Operation -> its fused kernels. Both permutes include the map of rows, unpermute does not."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.permutation import moe_permute, moe_unpermute
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+
+    quantizer = Float8BlockQuantizer(
+        fp8_dtype=tex.DType.kFloat8E4M3,
+        rowwise=True,
+        columnwise=False,
+        amax_epsilon=1e-4,
+        force_pow_2_scales=False,
+        block_scaling_dim=1,
+    )
+
+    def permuted(x: dict[str, Any], tokens_TD: Any) -> tuple[Any, Tensor]:
+        return moe_permute(tokens_TD, x["map_TE"], num_out_tokens=len(x["rows_ND"]), map_type="mask")
+
+    def unpermuted(x: dict[str, Any], rows_ND: Tensor, row_id_map: Tensor) -> Tensor:
+        return moe_unpermute(rows_ND, row_id_map, restore_shape=x["tokens_TD"].shape, map_type="mask")
+
+    def whole(x: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        from transformer_engine.pytorch.permutation import moe_permute_with_probs
+
+        rows_ND, probs_N, row_id_map = moe_permute_with_probs(
+            x["tokens_TD"], x["probs_TE"], x["map_TE"], num_out_tokens=len(x["rows_ND"])
+        )
+        return unpermuted(x, rows_ND, row_id_map), probs_N
+
+    return {
+        "permute": lambda x: permuted(x, x["tokens_TD"]),
+        "permute + fp8": lambda x: permuted(x, quantizer(x["tokens_TD"])),
+        "unpermute": lambda x: unpermuted(x, x["rows_ND"], x["te_map"]),
+        WHOLE: with_backward(whole),
+    }
+
+
+def copy_of(num_bytes: int, device: str) -> Call:
     """Reads and writes `num_bytes` together."""
     source = torch.randint(0, 255, (num_bytes // 2,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda inputs: target.copy_(source)  # type: ignore[return-value]
 
 
-def operations(
-    shape: tuple[int, int, int, int], device: str
-) -> dict[str, dict[str, Callable[[dict[str, Any]], Any]]]:
+def operations(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, Call]]:
     """Operation -> provider -> call."""
     num_tokens, num_per_token, _, hidden_size = shape
     token = hidden_size * DTYPES[device].itemsize
     moved = num_tokens * token * (1 + num_per_token)
     quantised = num_tokens * (token + num_per_token * (hidden_size + hidden_size // 128 * 4))
-    table: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
+    table: dict[str, dict[str, Call]] = {
         "slots": {"own": lambda x: sort_by_expert(x["indices_TK"], x["map_TE"].shape[1])},
         "permute": {
             "floor": copy_of(moved, device),
@@ -140,66 +205,81 @@ def operations(
         "unpermute": {
             "floor": copy_of(moved, device),
             "own": lambda x: unpermute(x["rows_ND"], x["permutation"]),
+            "plain": lambda x: plain_unpermute(x["rows_ND"], x["permutation"].row_of_pair_TK),
         },
-        "map to rows and back, +backward": {
+        WHOLE: {
             "floor": copy_of(4 * moved, device),
             "own": with_backward(whole_of_own),
+            "plain": with_backward(plain_whole_of(whole_of_plain)),
         },
     }
+    if hidden_size % 128 == 0:
+        table["permute + fp8"]["plain"] = lambda x: plain_permute_fp8(x["tokens_TD"], x["order_N"])
     if importlib.util.find_spec("megatron") is not None:
-        table["unpermute"]["Megatron"] = megatron_unpermute
-        table["map to rows and back, +backward"]["Megatron"] = with_backward(whole_of_megatron)
-    if device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
-        from transformer_engine.pytorch.permutation import moe_permute as te_permute
-
-        table["permute"]["Transformer Engine, map included"] = lambda x: te_permute(
-            x["tokens_TD"], x["map_TE"], num_out_tokens=len(x["rows_ND"]), map_type="mask"
-        )
+        table["permute"]["megatron, map included"] = megatron_permute
+        table["unpermute"]["megatron"] = megatron_unpermute
+        table[WHOLE]["megatron"] = with_backward(whole_of_megatron)
+    if device == "cuda":
+        quick = [compiled(function) for function in (plain_permute_fp8, plain_unpermute, whole_of_plain)]
+        table["permute + fp8"]["compiled"] = lambda x: quick[0](x["tokens_TD"], x["order_N"])
+        table["unpermute"]["compiled"] = lambda x: quick[1](x["rows_ND"], x["permutation"].row_of_pair_TK)
+        table[WHOLE]["compiled"] = with_backward(plain_whole_of(quick[2]))
+        if importlib.util.find_spec("transformer_engine") is not None:
+            for operation, call in transformer_engine().items():
+                table[operation]["transformer engine"] = call
     return table
+
+
+def inputs_of_turn(shape: tuple[int, int, int, int], device: str) -> dict[str, Any]:
+    inputs = make_inputs(shape, device, DTYPES[device])
+    if device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        from transformer_engine.pytorch.permutation import moe_permute
+
+        rows = {"num_out_tokens": len(inputs["rows_ND"]), "map_type": "mask"}
+        inputs["te_map"] = moe_permute(inputs["tokens_TD"], inputs["map_TE"], **rows)[1]
+    return inputs
 
 
 def run(device: str, repeats: int = 9) -> list[dict]:
     """Prints the table and returns its rows."""
-    print(f"moe_permute on {device}, {DTYPES[device]}, {torch.get_num_threads()} threads; milliseconds")
-    print(f"{'T x K, E, D':24}{'operation':34}{'own':>9}{'floor':>9}{'floor/own':>11}  peers (ratio to own)")
-    rows = []
+    print(f"moe_permute on {device}, {DTYPES[device]}, {torch.get_num_threads()} threads, {peers()}")
+    print(
+        f"{'T x K, E, D':22}{'operation':33}{'provider':24}{'ms':>9}{'of floor':>10}{'own is x':>10}{'MiB':>9}{'error':>10}"
+    )
+    rows: list[dict] = []
     for shape in SHAPES[device]:
-        error = check(shape, device)
-        table = operations(shape, device)
-        times: dict[tuple[str, str], list[float]] = {}
-        for repeat in range(repeats + 1):  # the first turn warms up
-            inputs = make_inputs(shape, device, DTYPES[device])
-            for operation, providers in table.items():
-                for name, call in providers.items():
-                    start = seconds(device)
-                    call(inputs)
-                    if repeat:
-                        times.setdefault((operation, name), []).append(1e3 * (seconds(device) - start))
-        for operation, providers in table.items():
-            summary = min if device == "cpu" else statistics.median
-            found = {name: summary(times[operation, name]) for name in providers}
-            floor = found.pop("floor", None)
-            own = found.pop("own")
-            row = {"shape": shape, "operation": operation, "device": device, "own_milliseconds": own}
-            row |= {
-                "floor_milliseconds": floor,
-                "peers_milliseconds": found,
-                "difference_from_megatron": error,
-            }
-            if device == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            rows.append(row)
-            text = "".join(f"  {name} {t:.2f} ({t / own:.2f}x)" for name, t in found.items())
-            of_floor = f"{floor:9.2f}{floor / own:11.2f}" if floor else " " * 20
-            print(
-                f"{f'{shape[0]} x {shape[1]}, {shape[2]}, {shape[3]}':24}{operation:34}{own:9.2f}{of_floor}{text}"
-            )
-        print(f"{'':24}largest difference from Megatron in float32: {error:.1e}")
+        errors = check_definition(shape, device)
+        from_megatron = check(shape, device)
+        for operation, providers in operations(shape, device).items():
+            found = take_turns(providers, partial(inputs_of_turn, shape, device), device, repeats)
+            for name, measured in found.items():
+                row: dict[str, Any] = {
+                    "shape": shape,
+                    "operation": operation,
+                    "device": device,
+                    "provider": name,
+                }
+                row |= measured.row(found["own"], found.get("floor"))
+                if name == "own":
+                    row |= {"largest_error": errors[operation], "difference_from_megatron": from_megatron}
+                rows.append(row)
+                of_floor = f"{row['share_of_floor']:10.2f}" if "floor" in found else f"{'-':>10}"
+                error = f"{errors[operation]:10.1e}" if name == "own" else f"{'-':>10}"
+                print(
+                    f"{f'{shape[0]} x {shape[1]}, {shape[2]}, {shape[3]}':22}{operation:33}{name:24}"
+                    f"{row['milliseconds']:9.2f}{of_floor}{row['own_is_faster_by']:10.2f}"
+                    f"{of_peak(measured.peak_mebibytes)}{error}"
+                )
+        if from_megatron is not None:
+            print(f"{'':22}largest difference from Megatron in float32: {from_megatron:.1e}")
     return rows
 
 
-def check_definition(shape: tuple[int, int, int, int], device: str) -> None:
-    """Every operation against reference.py on the first tokens, in the benchmark's dtype; raises AssertionError."""
+def check_definition(shape: tuple[int, int, int, int], device: str) -> dict[str, float]:
+    """Every operation against reference.py on the first tokens, in the benchmark's dtype; raises AssertionError.
+
+    Operation -> largest difference from the definition, in float64 where sums round.
+    """
     inputs = make_inputs((CHECKED_TOKENS, *shape[1:]), device, DTYPES[device])
     tokens_TD, rows_ND, indices_TK = inputs["tokens_TD"], inputs["rows_ND"], inputs["indices_TK"]
     permutation = inputs["permutation"]
@@ -229,6 +309,11 @@ def check_definition(shape: tuple[int, int, int, int], device: str) -> None:
     )
     torch.testing.assert_close(own[0], expected[0])
     torch.testing.assert_close(own[1], expected[1], rtol=1e-4, atol=1e-3)
+    exact_TD = reference.unpermute(rows_ND.double(), places[0], None)
+    rounding = float((unpermute(rows_ND, permutation).double() - exact_TD).abs().max())
+    all_of_it_TD = tokens_TD.double() * shape[1]
+    there_and_back = float((whole_of_own(inputs)[0].double() - all_of_it_TD).abs().max())
+    return {"slots": 0.0, "permute": 0.0, "permute + fp8": 0.0, "unpermute": rounding, WHOLE: there_and_back}
 
 
 def _as_numbers(quantised: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -260,4 +345,4 @@ def trials(device: str) -> list[Trial]:
 
 
 if __name__ == "__main__":
-    main(run, __doc__, SHAPES, trials=trials)
+    main("moe_permute", run, __doc__, SHAPES, trials=trials)

@@ -10,13 +10,13 @@ median; the lower bound is Martello and Toth's L2.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 
+from r1mega_kernels.bench import JSON_HELP, keep
 from r1mega_kernels.packing import pack_best_fit
 from r1mega_kernels.packing.reference import best_fit_decreasing, bins_lower_bound
 
@@ -93,11 +93,9 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--python-sequences", type=int, default=20_000)
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--json", type=Path, help=JSON_HELP)
     args = parser.parse_args()
-    rows = run(args.sequences, args.capacity, args.repeats, args.python_sequences)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+    keep("packing", run(args.sequences, args.capacity, args.repeats, args.python_sequences), "cpu", args.json)
 
 
 if __name__ == "__main__":
