@@ -152,7 +152,7 @@ def test_the_data_stages_of_r1_filter_as_the_paper_says():
     assert min(cold.samples, rejection.samples) > 1
     assert 1_000 < cold.size < 10_000
     assert set(cold.sources) == set(SOURCES)
-    evaluation = recipe["evaluation"].config
+    evaluation = recipe["eval_r1"].config
     measured = {f"{evaluation.data}/{SUITES[name].file}" for name in evaluation.suites}
     assert measured <= set(cold.decontaminate)
     assert measured <= set(rejection.decontaminate)

@@ -98,7 +98,11 @@ def test_experts_and_sequences_that_do_not_exist_harm_no_other(case):
         arguments: dict[str, Any] = {**NONE, **optional, "num_sequences": 5, "normalise": True, "scale": 2.5}
         return kernel.forward(logits_TE, torch.zeros(case[1]), *case[2:], **arguments)
 
-    assert_strangers_harm_nobody(forward, lambda *tensors: kernel.backward(*tensors, True, 2.5), case)
+    def backward(*tensors: Tensor) -> Tensor:
+        grad_weight_TK, grad_share_SE, logits_TE, expert_TK, sequence_T = tensors
+        return kernel.backward(grad_weight_TK, grad_share_SE, logits_TE, expert_TK, sequence_T, True, 2.5)
+
+    assert_strangers_harm_nobody(forward, backward, case)
 
 
 @pytest.mark.parametrize("logit", [0.0, -1000.0, 1000.0])

@@ -349,7 +349,9 @@ def test_triton_kernels_compile_to_sm90_with_wgmma_and_without_spills(tmp_path):
 @pytest.mark.parametrize("shape", [(700, 4099, 128), (2048, 16160, 512), (33, 129280, 256)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_a_gpu_matches_float64(shape, temperature):
-    hidden_TD, weight_VD, targets_T = (x.cuda() for x in make_inputs(*shape, torch.bfloat16))
+    num_tokens, num_rows, hidden_size = shape
+    inputs = make_inputs(num_tokens, num_rows, hidden_size, torch.bfloat16)
+    hidden_TD, weight_VD, targets_T = (x.cuda() for x in inputs)
     loss_weights = (torch.randn(shape[0], device="cuda"), torch.randn(shape[0], device="cuda"))
     rest = {"loss_weights": loss_weights, "temperature": temperature}
     exact = results_and_gradients(
