@@ -150,7 +150,11 @@ def _parser() -> argparse.ArgumentParser:
             "all",
         ],
     )
-    bench.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    bench.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the numbers there (of kernels, else to docs/benchmarks/kernels_DEVICE.json)",
+    )
     bench.add_argument(
         "--tune",
         action="store_true",

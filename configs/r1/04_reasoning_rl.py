@@ -10,6 +10,8 @@ from pathlib import Path
 
 from r1mega.overrides import load
 
+PROMPTS = {"math": 26_000, "code": 17_000, "bug fixing": 8_000, "stem": 22_000, "logic": 15_000}
+"""Of data/reasoning_prompts.jsonl by domain (table 4); STEM questions have 4 to 8 options."""
 zero = load(Path(__file__).with_name("01_r1_zero.py"))
 config = replace(
     zero,

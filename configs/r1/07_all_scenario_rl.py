@@ -9,6 +9,8 @@ from pathlib import Path
 
 from r1mega.overrides import load
 
+PROMPTS = {"general": 66_000, "harmlessness": 12_000}
+"""Of data/all_scenario_prompts.jsonl, beside the reasoning prompts of 04_reasoning_rl.py (table 4)."""
 GENERAL = {"reasoning_format": 1.0, "language": 1.0}
 dev2 = load(Path(__file__).with_name("04_reasoning_rl.py"))
 config = replace(

@@ -16,6 +16,7 @@ from r1mega.config import (
     SFTConfig,
 )
 
+PAIRS = 66_000
 config = RunConfig(
     stage="reward_model",
     model=ModelConfig(

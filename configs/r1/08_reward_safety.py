@@ -8,6 +8,7 @@ from pathlib import Path
 from r1mega.config import RewardModelConfig
 from r1mega.overrides import load
 
+RESPONSES = 106_000
 base = load(Path(__file__).with_name("08_reward_helpful.py"))
 config = replace(
     base,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,22 @@ def test_r1s_graph_measures_every_stage_and_distils_all_students_from_the_800k_s
         assert pipeline[name].config == load(CONFIGS / "distill" / f"{name}.py")
         source = {} if name == "qwen2_5_32b_zero" else {"data.path": "rejection/data.jsonl"}
         assert pipeline[name].inputs == source
+
+
+def test_the_recipe_tells_how_much_data_the_papers_stages_had():
+    def told(file: str, name: str) -> Any:
+        return bound(CONFIGS / "r1" / file, name, object)
+
+    prompts = told("04_reasoning_rl.py", "PROMPTS") | told("07_all_scenario_rl.py", "PROMPTS")
+    assert prompts == {
+        "math": 26_000, "code": 17_000, "bug fixing": 8_000, "stem": 22_000, "logic": 15_000,
+        "general": 66_000, "harmlessness": 12_000,
+    }  # fmt: skip
+    assert told("08_reward_helpful.py", "PAIRS") == 66_000
+    assert told("08_reward_safety.py", "RESPONSES") == 106_000
+    helpful = load(CONFIGS / "r1" / "08_reward_helpful.py")
+    assert (helpful.sft.batch_size, helpful.sft.num_epochs, helpful.sft.max_length) == (256, 1, 8192)
+    assert (helpful.optimizer.lr, helpful.data.template) == (6e-6, "r1")
 
 
 def test_the_preference_pairs_of_r1_are_judged_as_the_paper_says():
