@@ -170,6 +170,21 @@ def from_dict(values: Mapping[str, Any], kind: type[Any] = RunConfig) -> Any:
     return kind(**arguments)
 
 
+@overload
+def stored(path: Path) -> RunConfig: ...
+@overload
+def stored(path: Path, kind: type[Config]) -> Config: ...
+def stored(path: Path, kind: type[Any] = RunConfig) -> Any:
+    """The config of a run's config.json. ConfigError with the file where another version wrote it."""
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")), kind)
+    except ConfigError as error:
+        what = str(error).partition(";")[0]
+        raise ConfigError(
+            f"{path}: {what}: another version of r1mega wrote it; take that version, or another directory"
+        ) from None
+
+
 def to_python(config: Any) -> str:
     """A config file that binds exactly this config, every setting written out."""
     classes = dict.fromkeys(_classes(config))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config import RunConfig
-from r1mega.overrides import changed, format_value, from_dict
+from r1mega.overrides import changed, format_value, stored
 from r1mega.training.metrics import read_jsonl
 
 PAGE = Path(__file__).parent / "report_page"
@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
             raise FileNotFoundError(
                 f"{run_dir / name} is missing: {run_dir} is not the directory of a run that has started, nor of a pipeline"
             )
-    config = from_dict(json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
+    config = stored(run_dir / "config.json")
     rows = merge_steps(read_jsonl(run_dir / "metrics.jsonl"))
     samples = read_jsonl(run_dir / "samples.jsonl") if (run_dir / "samples.jsonl").is_file() else []
     results, lineage = _optional(run_dir / "results.json"), _optional(run_dir / "lineage.json")

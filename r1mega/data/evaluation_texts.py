@@ -32,7 +32,7 @@ SOLVED = (
 def read_evaluation(paths: Sequence[str], setting: str) -> Evaluation:
     """Every question and every solution of these files; `setting` names them in messages.
 
-    FileNotFoundError, or ConfigError with the row that holds no question.
+    FileNotFoundError, or ConfigError with the row that holds no text of a question.
     """
     return Evaluation.of({path: _texts(path, setting) for path in paths})
 
@@ -45,7 +45,7 @@ def _texts(path: str, setting: str) -> tuple[list[str], list[str]]:
             found.append(question_of(conversation(row)))
         if not found:
             raise ConfigError(
-                f"{row.where}: no question in any of the columns {', '.join(map(repr, ASKED))}, {MESSAGES!r}; columns "
+                f"{row.where}: no text in any of the columns {', '.join(map(repr, ASKED))}, {MESSAGES!r}; columns "
                 f"are {', '.join(map(str, row.columns)) or 'none'}"
             )
         questions += found

@@ -236,7 +236,7 @@ def general_rows(
     for row in rows:
         reasoning = "" if is_simple(row.question) else row.reasoning or written.get(row.id, "")
         response = template.response(reasoning, row.summary) if reasoning else row.summary
-        if selection.keeps(row.question, response, "general"):
+        if selection.keeps(row.question, response):
             yield training_row(
                 row.id,
                 row.exchange.question,

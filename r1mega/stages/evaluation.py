@@ -134,9 +134,9 @@ def _show(results: dict[str, Any], console: Console) -> None:
     if "codeforces" in results:
         found = results["codeforces"]
         for of, words in (("", "rating from problems"), ("rank_", "rating from ranks")):
-            rating, error = found.get(f"{of}rating"), found.get(f"{of}error")
+            rating = found.get(f"{of}rating")
             if rating is not None:
-                more = f" ± {1.96 * error:.0f}" if error else ""
+                more = "" if of or found["error"] is None else f" ± {1.96 * found['error']:.0f}"
                 if found[f"{of}bounded"]:
                     more = (
                         " or more (a bound: all won)"

@@ -97,8 +97,8 @@ def contest_metrics(rows: Sequence[Row]) -> dict[str, Any]:
     """Ratings from contests: rows with "problems": [{"rating", "solved"}, ...], or "rank" and "opponents": [ratings].
 
     All problems enter one maximum-likelihood rating (Elo, a problem being an opponent), and all ranks another one
-    (estimators.contest_results). Either is `bounded` where everything was won, or nothing. ConfigError with the row of
-    another form.
+    (estimators.contest_results), which has no error: results of one contest are not independent. Either is `bounded` where
+    everything was won, or nothing. ConfigError with the row of another form.
     """
     results: list[tuple[float, bool]] = []
     places: list[tuple[float, bool]] = []

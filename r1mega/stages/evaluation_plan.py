@@ -73,8 +73,9 @@ def plan_of(config: EvaluationConfig) -> Plan:
 
 def _plan_of_model(config: EvaluationConfig) -> Plan:
     pairs = named_suites(config.suites, config.data, operations=config.operations)
-    window = {"limit": config.limit, "since": config.since, "until": config.until}
-    read = [read_suite(suite, path, **window) for suite, path in pairs]  # type: ignore[arg-type]
+    read = [
+        read_suite(suite, path, limit=config.limit, **_window(config, suite, pairs)) for suite, path in pairs
+    ]
     prompting = _Prompting(config)
     prompts = [
         {q.id: prompting.text(suite, q) for q in each} for (suite, _), each in zip(pairs, read, strict=True)
@@ -104,6 +105,13 @@ def _plan_of_model(config: EvaluationConfig) -> Plan:
     return Plan(config, jobs, inputs, (note,) if limit < config.max_tokens else ())
 
 
+def _window(config: EvaluationConfig, suite: Suite, pairs: Sequence[tuple[Suite, Path]]) -> dict[str, str]:
+    """The dates among which this suite's questions are chosen; those without dates are read whole beside one with."""
+    if suite.dated or not any(other.dated for other, _ in pairs):
+        return {"since": config.since, "until": config.until}
+    return {}
+
+
 def _data(suite: Suite, path: Path, config: EvaluationConfig) -> str:
     """What the questions are: a checksum of their file or folder, or the generator's settings."""
     return checksum(path) if suite.file or path.is_file() else f"generated, {config.operations} operations"
@@ -113,7 +121,7 @@ def _grading(config: EvaluationConfig, questions: Sequence[Question]) -> dict[st
     """The judge and the limits that grade these questions."""
     tasks = {question.task for question in questions}
     names = [name for task, limits in LIMITS.items() if task in tasks for name in limits]
-    judge = {"judge": f"{config.judge.model} at {config.judge.url}"} if tasks & set(JUDGED) else {}
+    judge = {"judge.model": config.judge.model} if tasks & set(JUDGED) else {}
     return judge | {f"rewards.{name}": getattr(config.rewards, name) for name in names}
 
 

@@ -318,9 +318,10 @@ class ReinforcementLearning:
         rows += [{"step": self.step} | _eval_metrics(last)] if last else []
         ruled = sum("accuracy" in weights_of(self.config.rewards, p.task) for p in self.prompts.heldout)
         alarm = reward_hacking(rows, tuple(NEURAL), ruled)
-        if alarm:
+        known = self.directory.results().get("alarms", [])
+        if alarm and alarm not in known:
             self.console.note(f"ALARM: {alarm}")
-            self.directory.add_results(alarms=[*self.directory.results().get("alarms", []), alarm])
+            self.directory.add_results(alarms=[*known, alarm])
 
     async def _offload(self) -> dict[str, float]:
         """The trainer gives its device up for the time of the sampling; returns rank 0's report."""

@@ -117,10 +117,10 @@ class RunDirectory:
         self._lock.close()
 
     def _check_same_run(self) -> None:
-        stored = self.path / "config.json"
-        if not stored.exists():
+        file = self.path / "config.json"
+        if not file.exists():
             return
-        old = overrides.settings(overrides.from_dict(json.loads(stored.read_text()), type(self.config)))
+        old = overrides.settings(overrides.stored(file, type(self.config)))
         new = overrides.settings(self.config)
         changed = [k for k in new if k != "dir" and not k.startswith(RESUMABLE) and old.get(k) != new[k]]
         if changed:

@@ -32,6 +32,7 @@ from r1mega.stages.console import Console
 from r1mega.stages.evaluation_config import EvaluationConfig, load
 from r1mega.stages.evaluation_grading import Grader, Output, followed_instructions, program
 from r1mega.stages.evaluation_metrics import contest_metrics, suite_metrics
+from r1mega.stages.evaluation_plan import plan_of
 from r1mega.stages.evaluation_sources import check_model, fitting
 from r1mega.stages.run_directory import write_json
 
@@ -422,6 +423,23 @@ def test_samples_made_otherwise_are_not_mixed(
     assert "holds samples of own with temperature=0.6, now 1.0" in capsys.readouterr().err
 
 
+def test_a_window_of_dates_is_for_the_suites_that_have_them(maths: Path, tmp_path: Path) -> None:
+    coding = write(tmp_path / "coding.jsonl", [
+        {"question_id": f"q{day}", "question_content": "Double it.", "contest_date": f"2024-08-{day}T00:00:00",
+         "starter_code": "", "public_test_cases": '[{"input": "1", "output": "2", "testtype": "stdin"}]',
+         "private_test_cases": "[]", "metadata": "{}"}
+        for day in ("01", "10", "20")
+    ])  # fmt: skip
+    config = EvaluationConfig(
+        suites=(f"math500={maths}", f"livecodebench={coding}"), since="2024-08-10",
+        endpoint=JudgeConfig(url="http://127.0.0.1:9/v1", model="m"),
+    )  # fmt: skip
+    asked = {job.name: [question.id for question in job.questions] for job in plan_of(config).jobs}
+    assert asked == {"math500": ["half", "four"], "livecodebench": ["q10", "q20"]}
+    with pytest.raises(ConfigError, match="has no dates"):
+        plan_of(replace(config, suites=(f"math500={maths}",)))
+
+
 def test_verdicts_of_two_judges_or_two_limits_are_not_mixed(
     maths: Path, answers: Path, tmp_path: Path
 ) -> None:
@@ -435,17 +453,17 @@ def test_verdicts_of_two_judges_or_two_limits_are_not_mixed(
             judge = JudgeConfig(url=server.url, model=model)
             return evaluate(folder, f"chat={chat}", file, judge=judge)["suites"]["chat"]["settings"]
 
-        assert judged("A")["judge"] == f"A at {server.url}"
-        with pytest.raises(ConfigError, match=f"samples of chat with judge=A at .*, now B at {server.url}"):
+        assert judged("A")["judge.model"] == "A"
+        with pytest.raises(ConfigError, match=r"samples of chat with judge\.model=A, now B"):
             judged("B")
         stored = json.loads((folder / "evaluation.json").read_text())
-        assert stored["chat"]["judge"] == f"A at {server.url}"
-        del stored["chat"]["judge"]  # a folder of before
+        assert stored["chat"]["judge.model"] == "A"
+        del stored["chat"]["judge.model"]  # a folder of before
         write_json(folder / "evaluation.json", stored)
-        with pytest.raises(ConfigError, match=r"judge=\(not recorded\), now A"):
+        with pytest.raises(ConfigError, match=r"judge\.model=\(not recorded\), now A"):
             judged("A")
     found = evaluate(tmp_path / "maths", maths, answers)["suites"]["own"]["settings"]
-    assert "judge" not in found, "nothing there was judged"
+    assert "judge.model" not in found, "nothing there was judged"
     with pytest.raises(ConfigError, match=r"rewards\.cpu_seconds=2\.0, now 9\.0"):
         evaluation.run(
             EvaluationConfig(

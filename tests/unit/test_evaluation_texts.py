@@ -51,7 +51,7 @@ def test_a_planted_question_or_solution_of_any_suite_is_found(suite: str, tmp_pa
 def test_a_row_without_a_question_is_named(tmp_path: Path) -> None:
     file = tmp_path / "eval.jsonl"
     file.write_text('{"question": "why"}\n{"frage": "warum"}\n')
-    with pytest.raises(ConfigError, match=r"eval.jsonl:2: no question in any .*columns are frage"):
+    with pytest.raises(ConfigError, match=r"eval.jsonl:2: no text in any .*columns are frage"):
         read_evaluation([str(file)], "decontaminate")
     for missing in ("nowhere.csv", "nowhere.jsonl"):
         with pytest.raises(FileNotFoundError, match=f"decontaminate={missing}: no such file"):

@@ -128,3 +128,15 @@ def test_a_large_file_s_checksum_depends_on_its_head_its_tail_and_blocks_between
     assert len({of(), *(of(place) for place in sampled), of(*range(size))}) == len(sampled) + 2
     assert of() == of()
     assert of(1000) == of(), "between two blocks: what is not read is not seen"
+
+
+def test_a_directory_of_another_version_is_named_and_not_taken_for_a_mistyped_setting(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, RunConfig()) as directory:
+        directory.begin()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["eval"]["forgotten"] = 0
+    write_json(tmp_path / "config.json", stored)
+    with pytest.raises(
+        ConfigError, match=r"config\.json: unknown setting 'eval\.forgotten': another version"
+    ):
+        RunDirectory(tmp_path, RunConfig()).__enter__()

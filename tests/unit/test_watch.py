@@ -88,7 +88,8 @@ def test_the_last_evaluation_is_watched_as_well(last: float, alarms: int, tmp_pa
             for row in run(0.05, {5: 0.60}):
                 recorder.log(row.pop("step"), row)
         directory.add_results(before=evaluation(0.5).as_dict())
-        asyncio.run(Trained(directory, evaluation(last), console)._finish())
+        for _ in range(2):  # the second time as after a kill on the way
+            asyncio.run(Trained(directory, evaluation(last), console)._finish())
         results = directory.results()
     assert results["finished"]
     assert len(results.get("alarms", [])) == alarms
