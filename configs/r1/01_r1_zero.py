@@ -29,6 +29,7 @@ config = RunConfig(
     ),
     data=DataConfig(
         path="data/r1_zero_questions.jsonl",  # math, code, STEM and logic questions with checkable answers
+        eval_path="data/math/aime2024.jsonl",  # the paper's curve; training questions that overlap it are left out
         template="r1_zero",
         max_prompt_tokens=1024,  # [open]
     ),
@@ -76,5 +77,5 @@ config = RunConfig(
     ),
     rewards=RewardConfig(weights={"accuracy": 1.0, "format": 1.0}),
     checkpoint=CheckpointConfig(every=400, keep=2),
-    eval=EvalConfig(every=400, samples=16),
+    eval=EvalConfig(every=400, samples=16),  # 16 samples at each point of the curve
 )

@@ -17,7 +17,9 @@ config = replace(
     dev2,
     num_steps=1_700,
     model=replace(dev2.model, path="models/DeepSeek-R1-Dev3"),
-    data=replace(dev2.data, path="data/all_scenario_prompts.jsonl"),
+    data=replace(
+        dev2.data, path="data/all_scenario_prompts.jsonl", eval_path="data/math/math500.jsonl", eval_size=500
+    ),
     grpo=replace(dev2.grpo, mini_batches=4),  # [open]: 1,700 updates are no whole number of rollouts of 16
     rollout=replace(dev2.rollout, temperature=0.7),
     rewards=replace(
@@ -27,7 +29,5 @@ config = replace(
         helpful_model="models/r1-reward-helpful",
         safety_model="models/r1-reward-safety",
     ),
-    eval=replace(
-        dev2.eval, every=40
-    ),  # [open]: ten looks for reward hacking in the steps with preference rewards
+    eval=replace(dev2.eval, every=40, samples=1),  # [open]: ten looks for hacking while preferences reward
 )

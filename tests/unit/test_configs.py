@@ -53,7 +53,9 @@ def test_the_stages_of_r1_have_the_values_of_the_paper():
         assert rl.grpo == replace(
             recipe["zero"].grpo, clip_low=10.0, clip_high=10.0, mini_batches=rl.grpo.mini_batches
         )
-        assert (rl.optimizer, rl.eval.samples) == (recipe["zero"].optimizer, 16)
+        assert rl.optimizer == recipe["zero"].optimizer
+    for rl in (recipe["zero"], dev2):
+        assert (rl.eval.samples, rl.data.eval_path) == (16, "data/math/aime2024.jsonl")
     assert value_at(dev2.rollout.max_tokens, 0) == value_at(dev2.rollout.max_tokens, 10**6) == 32_768
     assert dev2.rewards.weights == {"accuracy": 1.0, "reasoning_format": 1.0, "language": 1.0}
     assert (r1.num_steps, r1.num_steps - r1.rewards.general_from, r1.rollout.temperature) == (1_700, 400, 0.7)
