@@ -4,7 +4,6 @@ same layout, over optimizer steps."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,40 +20,31 @@ REPLICAS = Layout(
     ParallelConfig(tensor=2, data=2, expert=4, expert_replicas=2, dispatcher=FLOAT8),
     recompute="full",
 )
-JOBS = {
-    "dualpipev, forwards and backwards mixed": (PIPELINE, True),
-    "tensor, replicas, recomputed": (REPLICAS, None),
-}
+MIXED, REPLICATED = "dualpipev, forwards and backwards mixed", "tensor, replicas, recomputed"
+JOBS = {MIXED: (PIPELINE, True), REPLICATED: (REPLICAS, None)}
 
 
-def run(rank: int, port: int, directory: Path) -> None:
-    with process_group(rank, PIPELINE.ranks, port):
+def run(rank: int, port: int, directory: Path, job: str) -> None:
+    layout, overlap = JOBS[job]
+    with process_group(rank, layout.ranks, port):
         from r1mega.models import dispatch
         from r1mega.parallel import mesh
 
-        for name, (layout, overlap) in JOBS.items():
-            place = mesh.init_mesh(layout.parallel, seed=1)
-            own = train(layout, place, overlap)
-            with float8_by_rounding_first(dispatch):
-                expected = train(layout, place, overlap)
-            torch.save((own, expected), directory / f"{name} {rank}.pt")
-            mesh.destroy_mesh()
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    directory = tmp_path_factory.mktemp("float8")
-    mp.spawn(run, (free_port(), directory), nprocs=PIPELINE.ranks)
-    return {
-        name: [torch.load(directory / f"{name} {rank}.pt", weights_only=False) for rank in range(4)]
-        for name in JOBS
-    }
+        place = mesh.init_mesh(layout.parallel, seed=1)
+        own = train(layout, place, overlap)
+        with float8_by_rounding_first(dispatch):
+            expected = train(layout, place, overlap)
+        torch.save((own, expected), directory / f"{rank}.pt")
+        mesh.destroy_mesh()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("job", JOBS)
-def test_fp8_dispatch_is_alltoall_of_rounded_tokens_bit_for_bit(job: str, outcomes: Any) -> None:
-    for own, expected in outcomes[job]:
+@pytest.mark.parametrize("job", [MIXED, pytest.param(REPLICATED, marks=pytest.mark.slow)])
+def test_fp8_dispatch_is_alltoall_of_rounded_tokens_bit_for_bit(job: str, tmp_path: Path) -> None:
+    ranks = JOBS[job][0].ranks
+    mp.spawn(run, (free_port(), tmp_path, job), nprocs=ranks)
+    for rank in range(ranks):
+        own, expected = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert own.losses == expected.losses
         assert own.norms == expected.norms
         for what in ("gradients", "weights", "logprobs"):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from r1mega.data.packing import pack
 from r1mega.rollout.engine import EngineDied, RolloutGroup, Sampling, greedy_sampling, rollout_sampling
 from r1mega.rollout.weight_sync import (
     Bucket,
+    Named,
     WeightChecksumError,
     WeightMetadata,
     WeightSender,
+    checksums,
     weight_metadata,
 )
 from r1mega.samples import Prompt, Rollout
@@ -41,11 +43,15 @@ TOLERANCE = 1e-5
 class CorruptingSender(WeightSender):
     """Announces the right checksums and sends one byte that is wrong, in bucket 1."""
 
+    def _filled(self, named: Named) -> Iterator[tuple[Bucket, Tensor]]:
+        for bucket, bytes_N in super()._filled(named):
+            self.right = checksums(bytes_N)
+            if bucket.index == 1:
+                bytes_N[5] ^= 1
+            yield bucket, bytes_N
+
     def _header(self, bucket: Bucket, bytes_N: Tensor, version: int) -> Tensor:
-        header = super()._header(bucket, bytes_N, version)
-        if bucket.index == 1:
-            bytes_N[5] ^= 1
-        return header
+        return torch.cat([super()._header(bucket, bytes_N, version)[:2], self.right])
 
 
 class Trainer:
