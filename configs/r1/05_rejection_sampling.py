@@ -4,24 +4,19 @@ About 600,000 reasoning samples, judged by rules or by V3 with the reference ans
 which some have a chain of thought. What the paper gives stands here as given; [open] marks what it leaves open.
 """
 
-from r1mega.config import DataConfig, JudgeConfig, ModelConfig, RewardConfig, RolloutConfig
-from r1mega.data.recipes import RejectionSampling
+from pathlib import Path
 
+from r1mega.config import DataConfig, JudgeConfig, ModelConfig, RewardConfig, RolloutConfig
+from r1mega.data.recipes import ColdStart, RejectionSampling
+from r1mega.overrides import bound
+
+cold_start = bound(Path(__file__).with_name("02_cold_start.py"), "config", ColdStart)
 config = RejectionSampling(
     samples=16,  # "multiple" [open]
     per_prompt=0,  # [open]
     shard_size=1024,
     filters=("format", "wrong_language", "mixed_language", "code_block", "long_paragraph"),
-    # what 09_evaluation.py measures, and GSM8K
-    decontaminate=(
-        "data/math/aime2024.jsonl",
-        "data/math/math500.jsonl",
-        "data/gpqa/gpqa_diamond.csv",
-        "data/mmlu/test.jsonl",
-        "data/livecodebench/test.jsonl",
-        "data/ifeval/input_data.jsonl",
-        "data/gsm8k/test.jsonl",
-    ),
+    decontaminate=(*cold_start.decontaminate, "data/gsm8k/test.jsonl"),
     model=ModelConfig(path="models/DeepSeek-R1-Dev2"),
     data=DataConfig(path="data/reasoning_prompts.jsonl", template="r1", max_prompt_tokens=1024),
     rollout=RolloutConfig(
